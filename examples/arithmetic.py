@@ -1,0 +1,66 @@
+"""Generated arithmetic with worked solutions: the problems of the quickstart.
+
+A problem is a sum of three numbers such as `17+8-12=?`. It is worked from left to right, and no partial result is
+negative. Every problem belongs to exactly one split, decided by a hash of its text, so that the problems that warm the
+tiny policy up, the ones that OPO trains on and the ones that measure pass@1 are disjoint by construction
+(`tests/test_arithmetic.py` holds it to that).
+"""
+
+import hashlib
+import random
+from typing import Any
+
+from datasets import Dataset
+
+LARGEST_OPERAND = 49
+SPLIT_SHARES = {"warm_start": 6, "train": 3, "test": 1}  # tenths of all problems
+
+
+def split_of(problem: str) -> str:
+    """Return the one split that `problem` belongs to."""
+    tenth = int.from_bytes(hashlib.sha256(problem.encode()).digest()[:8], "big") % 10
+    for split, share in SPLIT_SHARES.items():
+        if tenth < share:
+            return split
+        tenth -= share
+    raise AssertionError("SPLIT_SHARES must add up to 10")
+
+
+def make_problem(rng: random.Random) -> dict[str, str]:
+    """Draw one problem, its worked solution and its answer."""
+    result = rng.randint(1, LARGEST_OPERAND)
+    problem, steps = str(result), []
+    for _ in range(2):
+        sign = rng.choice("+-") if result else "+"
+        operand = rng.randint(1, LARGEST_OPERAND if sign == "+" else min(result, LARGEST_OPERAND))
+        partial = result + operand if sign == "+" else result - operand
+        problem += f"{sign}{operand}"
+        steps.append(f"{result}{sign}{operand}={partial}")
+        result = partial
+    return {"problem": f"{problem}=?", "steps": ",".join(steps), "answer": str(result)}
+
+
+def load_arithmetic(split: str, size: int, seed: int = 0) -> Dataset:
+    """
+    Generate `size` distinct problems of one split.
+
+    Args:
+        split (`str`):
+            `"warm_start"`, `"train"` or `"test"`.
+        size (`int`):
+            Number of problems. There are about 90,000 in all, a tenth of them in `"test"`.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the draw. The split of a problem does not depend on it.
+
+    Returns:
+        [`~datasets.Dataset`] with the columns `problem` (`17+8-12=?`), `steps` (`17+8=25,25-12=13`) and `answer` (`13`).
+    """
+    if split not in SPLIT_SHARES:
+        raise ValueError(f"split must be one of {sorted(SPLIT_SHARES)}, got {split!r}.")
+    rng = random.Random(f"{split}-{seed}")
+    rows: dict[str, dict[str, Any]] = {}
+    while len(rows) < size:
+        row = make_problem(rng)
+        if split_of(row["problem"]) == split:
+            rows.setdefault(row["problem"], row)
+    return Dataset.from_list(list(rows.values()))

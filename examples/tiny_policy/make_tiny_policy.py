@@ -1,0 +1,110 @@
+"""Make the tiny policy of the quickstart: a character-level Llama, warmed up on worked sums.
+
+    python examples/tiny_policy/make_tiny_policy.py
+
+Half of the worked solutions go step by step (`17+8=25,25-12=13 \\boxed{13}`) and half give the answer at once
+(`\\boxed{13}`), so the policy starts out doing either. Steps are right far more often than guesses: what OPO has to
+find out is that working in steps pays. Takes about 5 minutes on two cores and writes the weights (about 400 kB) and
+the tokenizer beside this file, or to `--output_dir`.
+"""
+
+import argparse
+import random
+import sys
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from arithmetic import load_arithmetic
+
+PAD, EOS, BOX = "<pad>", "<eos>", "\\boxed{"
+VOCABULARY = [PAD, EOS, BOX, *"}0123456789+-=?, "]
+DIRECT_SHARE = 0.5
+BATCH_SIZE = 256
+LEARNING_RATE = 3e-3
+NUM_PROBLEMS = 20_000
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character, and one for the opening of a box."""
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(VOCABULARY)}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\\boxed\{|."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, padding_side="left")
+
+
+def make_model() -> LlamaForCausalLM:
+    """Head dimension 32, the smallest that vLLM takes."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(VOCABULARY),
+            hidden_size=64,
+            intermediate_size=192,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            head_dim=32,
+            max_position_embeddings=128,
+            tie_word_embeddings=True,
+            pad_token_id=VOCABULARY.index(PAD),
+            eos_token_id=VOCABULARY.index(EOS),
+            bos_token_id=None,
+        )
+    )
+
+
+def make_batch(
+    rows: list[tuple[list[int], list[int], list[int]]], rng: random.Random
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw left-padded token ids and labels (B, T); only the solution carries a label."""
+    drawn = rng.choices(rows, k=BATCH_SIZE)
+    pairs = [(prompt, direct if rng.random() < DIRECT_SHARE else steps) for prompt, steps, direct in drawn]
+    width = max(len(prompt) + len(solution) for prompt, solution in pairs)
+    ids = [[0] * (width - len(prompt) - len(solution)) + prompt + solution for prompt, solution in pairs]
+    labels = [[-100] * (width - len(solution)) + solution for _, solution in pairs]
+    return torch.tensor(ids), torch.tensor(labels)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path(__file__).resolve().parent)
+    parser.add_argument("--steps", type=int, default=2_500)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    torch.manual_seed(args.seed)
+    rng = random.Random(args.seed)
+    tokenizer, model = make_tokenizer(), make_model()
+    print(f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters", flush=True)
+
+    eos = [tokenizer.eos_token_id]
+    rows = [
+        (
+            tokenizer(row["problem"])["input_ids"],
+            tokenizer(f"{row['steps']} {BOX}{row['answer']}}}")["input_ids"] + eos,
+            tokenizer(f"{BOX}{row['answer']}}}")["input_ids"] + eos,
+        )
+        for row in load_arithmetic("warm_start", NUM_PROBLEMS)
+    ]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, args.steps, pct_start=0.05)
+    for step in range(1, args.steps + 1):
+        ids, labels = make_batch(rows, rng)
+        loss = model(input_ids=ids, attention_mask=(ids != 0).long(), labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if step % 100 == 0:
+            print(f"step {step:5d} of {args.steps}  loss {loss.item():.3f}", flush=True)
+
+    model.save_pretrained(args.output_dir)
+    tokenizer.save_pretrained(args.output_dir)
+    print(f"written to {args.output_dir}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

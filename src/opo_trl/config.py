@@ -1,0 +1,193 @@
+"""The on-policy contract: `GRPOConfig` with OPO's defaults, and every setting that contradicts OPO refused by name."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from trl import GRPOConfig
+
+from .sampler import NEUTRAL_VALUES, law_changes
+
+
+class _Rule(NamedTuple):
+    field: str
+    allowed: tuple[Any, ...]
+    reason: str
+
+
+_ONE_STEP = "takes exactly one optimizer step on each rollout batch"
+_NO_RATIO = "trains on fresh samples only, so the importance ratio is 1 and there is nothing to clip or mask"
+_NO_KL = "has no KL term and no reference model"
+_NO_BONUS = "has no entropy bonus"
+_OWN_LAW = "samples from exactly the distribution that it trains"
+
+# Everything in GRPOConfig that can contradict the algorithm, with the values that do not.
+_CONTRACT = (
+    _Rule("num_iterations", (1,), _ONE_STEP),
+    _Rule("beta", (0.0,), _NO_KL),
+    _Rule("sync_ref_model", (False,), _NO_KL),
+    _Rule("entropy_coef", (0.0,), _NO_BONUS),
+    _Rule("use_adaptive_entropy", (False,), _NO_BONUS),
+    _Rule("epsilon", (None,), _NO_RATIO),
+    _Rule("epsilon_high", (None,), _NO_RATIO),
+    _Rule("delta", (None,), _NO_RATIO),
+    _Rule("off_policy_mask_threshold", (None,), _NO_RATIO),
+    _Rule("importance_sampling_level", ("token",), _NO_RATIO),
+    _Rule("scale_rewards", ("none",), "does not divide the advantage by a standard deviation"),
+    _Rule(
+        "multi_objective_aggregation",
+        ("sum_then_normalize",),
+        "sums the weighted rewards and does not normalise them one by one",
+    ),
+    _Rule(
+        "loss_type",
+        ("dapo", "dr_grpo"),
+        "sums token terms under one normaliser, for which the length is the right weight in the baseline; dividing "
+        "each sequence by its own length would turn that weight upside down",
+    ),
+    _Rule("top_entropy_quantile", (1.0,), "trains every completion token"),
+    _Rule(
+        "vllm_importance_sampling_mode",
+        ("token_truncate", "token_mask"),
+        "corrects the engine's mismatch token by token; a ratio multiplied over thousands of tokens masks whole batches",
+    ),
+    _Rule("disable_dropout", (True,), "takes the gradient of the network that sampled, without dropout"),
+    _Rule("neftune_noise_alpha", (None, 0.0), "takes the gradient of the network that sampled, without noise"),
+    _Rule("vllm_structured_outputs_regex", (None,), _OWN_LAW),
+    *(
+        _Rule(name, NEUTRAL_VALUES[name], _OWN_LAW)
+        for name in ("top_p", "top_k", "min_p", "repetition_penalty", "cache_implementation")
+    ),
+)
+
+
+@dataclass
+class OPOConfig(GRPOConfig):
+    r"""
+    Configuration class for the [`OPOTrainer`].
+
+    Constructed with nothing but an `output_dir`, it *is* the algorithm: exactly one optimizer step per rollout batch,
+    the optimal baseline, no clipping, no KL, no entropy bonus, no division by the standard deviation. It takes every
+    field of [`~trl.GRPOConfig`]; those that would contradict OPO are refused with a `ValueError` that names the field,
+    the value given and the way out.
+
+    Parameters:
+        length_exponent (`float`, *optional*, defaults to `1.0`):
+            Power of the completion length in the weights of the baseline, `b* = sum_i l_i^c r_i / sum_i l_i^c`. `1.0`
+            is OPO; `0.0` is the group mean.
+
+        > Defaults that differ from [`~trl.GRPOConfig`]
+
+        scale_rewards (`str`, *optional*, defaults to `"none"`):
+            OPO's advantage is `r - b*`, not divided by anything.
+        loss_type (`str`, *optional*, defaults to `"dapo"`):
+            Normaliser of the summed token terms. `"dapo"` divides by the number of trainable tokens of the whole
+            rollout batch (the scale of the authors' code), `"dr_grpo"` by completions times `max_completion_length`
+            (Eq. 11 up to a constant).
+        disable_dropout (`bool`, *optional*, defaults to `True`):
+            Dropout would take the gradient of another network than the one that sampled.
+        epsilon (`None`):
+            There is no ratio to clip: any value is refused.
+        vllm_importance_sampling_mode (`str`, *optional*, defaults to `"token_truncate"`):
+            How the mismatch between vLLM and the trained model is corrected, token by token.
+
+    Raises:
+        ValueError: If a field contradicts OPO, or the rollout batch is not one optimizer step.
+    """
+
+    length_exponent: float = field(
+        default=1.0,
+        metadata={"help": "Power of the length in the baseline's weights: 1 is OPO, 0 is the group mean."},
+    )
+    scale_rewards: str = field(
+        default="none",
+        metadata={"help": "OPO does not scale rewards: only 'none' is accepted."},
+    )
+    loss_type: str = field(
+        default="dapo",
+        metadata={
+            "help": "Normaliser of the summed token terms: 'dapo' (trainable tokens of the rollout batch) or 'dr_grpo' "
+            "(completions times max_completion_length)."
+        },
+    )
+    disable_dropout: bool = field(
+        default=True,
+        metadata={"help": "Whether to disable dropout. OPO trains the network that sampled: only True is accepted."},
+    )
+    epsilon: float | None = field(
+        default=None,
+        metadata={"help": "OPO has no ratio to clip: any value is refused."},
+    )
+    vllm_importance_sampling_mode: str = field(
+        default="token_truncate",
+        metadata={"help": "Token-level correction of vLLM's mismatch: 'token_truncate' or 'token_mask'."},
+    )
+
+    def __post_init__(self) -> None:
+        self._generation_batch_size_given = self.generation_batch_size is not None
+        super().__post_init__()
+        self.check_contract()
+
+    def check_contract(self) -> None:
+        """
+        Refuse every setting that contradicts OPO.
+
+        Runs when the config is built and again in [`OPOTrainer`], since fields can change in between.
+
+        Raises:
+            ValueError: With the field, the value given and the way out.
+        """
+        for rule in _CONTRACT:
+            value = getattr(self, rule.field)
+            if value not in rule.allowed:
+                allowed = " or ".join(repr(choice) for choice in rule.allowed)
+                raise ValueError(
+                    f"OPO {rule.reason}: `{rule.field}` must be {allowed}, got {value!r}. Leave `{rule.field}` out, or "
+                    f"use TRL's GRPOTrainer if you need it."
+                )
+        self._check_one_step_per_rollout_batch()
+        self._check_generation_kwargs()
+        if not self.temperature > 0:
+            raise ValueError(
+                f"OPO {_OWN_LAW}: `temperature` must be above 0 (0 is greedy), got {self.temperature!r}. Leave it at 1.0."
+            )
+        if not (math.isfinite(self.length_exponent) and self.length_exponent >= 0):
+            raise ValueError(
+                f"`length_exponent` must be a finite number of at least 0, got {self.length_exponent!r}. Use 1.0 for OPO "
+                "or 0.0 for the group mean."
+            )
+        if self.loss_type == "dr_grpo" and self.max_completion_length is None:
+            raise ValueError(
+                "`loss_type='dr_grpo'` divides by `max_completion_length`, got None. Set `max_completion_length`, or use "
+                "`loss_type='dapo'`."
+            )
+
+    def _check_one_step_per_rollout_batch(self) -> None:
+        steps = self.gradient_accumulation_steps
+        one_step = self.per_device_train_batch_size * self.world_size * steps
+        if self._generation_batch_size_given and self.generation_batch_size != one_step:
+            raise ValueError(
+                f"OPO {_ONE_STEP}: `generation_batch_size` must be per_device_train_batch_size * number of processes * "
+                f"gradient_accumulation_steps = {one_step}, got {self.generation_batch_size}. Leave "
+                "`generation_batch_size` out; for a larger rollout batch raise `gradient_accumulation_steps`."
+            )
+        if self.steps_per_generation != steps or self.generation_batch_size != one_step:
+            raise ValueError(
+                f"OPO {_ONE_STEP}: `steps_per_generation` must equal gradient_accumulation_steps = {steps}, got "
+                f"{self.steps_per_generation} (a rollout batch of {self.generation_batch_size} completions where one "
+                f"step takes {one_step}). Leave `steps_per_generation` out; for a larger rollout batch raise "
+                "`gradient_accumulation_steps`. Build a new OPOConfig rather than changing batch sizes in an old one."
+            )
+
+    def _check_generation_kwargs(self) -> None:
+        settings = self.generation_kwargs or {}
+        for name in law_changes(settings):
+            raise ValueError(
+                f"OPO {_OWN_LAW}: `generation_kwargs` must not set `{name}` to {settings[name]!r}, which samples from "
+                f"another one. Remove `{name}` from `generation_kwargs`."
+            )
+        if settings.get("temperature", self.temperature) != self.temperature:
+            raise ValueError(
+                f"OPO {_OWN_LAW}: `generation_kwargs` sets `temperature` to {settings['temperature']!r} while the "
+                f"gradient is taken at `temperature`={self.temperature!r}. Set `temperature` itself instead."
+            )

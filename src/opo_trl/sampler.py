@@ -1,0 +1,88 @@
+"""
+Which sampling settings leave the law of the policy alone.
+
+Exactly on-policy means that completions are drawn from the very distribution whose gradient is taken: the softmax of
+the model's logits over `temperature`. This table names every setting of transformers' `GenerationConfig` and of vLLM's
+`SamplingParams` that would draw from another law, with the values at which it does nothing. A contract test compares it
+with the installed transformers, so that a new setting has to be judged before it can slip through.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+# Setting -> the values at which it changes nothing. `temperature` is apart: it must equal the trainer's own.
+NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
+    # Not sampling at all
+    "do_sample": (True,),
+    "num_beams": (None, 1),
+    "num_beam_groups": (None, 1),
+    "diversity_penalty": (None, 0.0),
+    "constraints": (None,),
+    "force_words_ids": (None,),
+    "penalty_alpha": (None, 0.0),
+    "best_of": (None, 1),
+    # Cutting the tail of the distribution
+    "top_k": (None, 0, -1),
+    "top_p": (None, 1.0),
+    "min_p": (None, 0.0),
+    "top_h": (None,),
+    "typical_p": (None, 1.0),
+    "epsilon_cutoff": (None, 0.0),
+    "eta_cutoff": (None, 0.0),
+    # Reweighing tokens
+    "repetition_penalty": (None, 1.0),
+    "encoder_repetition_penalty": (None, 1.0),
+    "presence_penalty": (None, 0.0),
+    "frequency_penalty": (None, 0.0),
+    "no_repeat_ngram_size": (None, 0),
+    "encoder_no_repeat_ngram_size": (None, 0),
+    "exponential_decay_length_penalty": (None,),
+    "guidance_scale": (None, 1.0),
+    "sequence_bias": (None, {}),
+    "logit_bias": (None, {}),
+    "dola_layers": (None,),
+    "watermarking_config": (None,),
+    "logits_processors": (None, []),
+    # Forbidding or forcing tokens
+    "bad_words_ids": (None, []),
+    "bad_words": (None, []),
+    "suppress_tokens": (None, []),
+    "begin_suppress_tokens": (None, []),
+    "allowed_token_ids": (None,),
+    "min_length": (None, 0),
+    "min_new_tokens": (None, 0),
+    "min_tokens": (None, 0),
+    "forced_bos_token_id": (None,),
+    "forced_eos_token_id": (None,),
+    "thinking_token_budget": (None, -1),
+    "structured_outputs": (None,),
+    "guided_decoding": (None,),
+    "trace_decode_token_ids": (None, []),
+    # Answering another prompt than the one trained on
+    "token_healing": (None, False),
+    "truncate_prompt_tokens": (None,),
+    # One seed for every request makes the K completions of a group the same one
+    "seed": (None,),
+    # A wrong number of completions, or padding that TRL would take for sampled tokens
+    "num_return_sequences": (None, 1),
+    "stop_strings": (None,),
+    # Drawing from an approximation of the policy
+    "cache_implementation": (None, "dynamic", "static", "offloaded", "offloaded_static", "hybrid", "sliding_window"),
+    "use_mtp": (None, False),
+    "prompt_lookup_num_tokens": (None, 0),
+    "speculation_type": (None,),
+}
+
+
+def law_changes(settings: Mapping[str, Any]) -> list[str]:
+    """
+    Name the settings under which a sampler draws from another distribution than the policy.
+
+    Args:
+        settings (`Mapping[str, Any]`):
+            Sampling settings by name, as in `GenerationConfig.to_dict()` or `SamplingParams`.
+
+    Returns:
+        `list[str]`: The names in `settings` whose value is not one of `NEUTRAL_VALUES`, sorted. Unknown names pass.
+    """
+    return sorted(name for name, value in settings.items() if value not in NEUTRAL_VALUES.get(name, (value,)))

@@ -1,0 +1,60 @@
+"""Everything runs offline, on the CPU, and within one process unless a test says otherwise."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["WANDB_MODE"] = "offline"
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # rollout_func warns at each use
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["TQDM_DISABLE"] = "1"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "examples"))
+sys.path.insert(0, str(ROOT / "tests"))
+
+from tiny import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
+
+
+@pytest.fixture
+def model():
+    return tiny_model()
+
+
+@pytest.fixture
+def tokenizer():
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def chat_model_dir(tmp_path_factory):
+    """A causal LM directory as users have them: chat template, own pad token."""
+    path = tmp_path_factory.mktemp("chat-model")
+    tiny_model().save_pretrained(path)
+    tiny_tokenizer(chat_template=CHAT_TEMPLATE).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def base_model_dir(tmp_path_factory):
+    """A base model's directory: no chat template, no pad token."""
+    path = tmp_path_factory.mktemp("base-model")
+    tiny_model().save_pretrained(path)
+    tiny_tokenizer(pad_token=None).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """Real problems, where the folder is there: tests must pass without it."""
+    path = ROOT.parent / "shared" / "data"
+    if not path.is_dir():
+        pytest.skip("the folder of real problems is not here")
+    return path

@@ -1,0 +1,164 @@
+"""Every refusal of the on-policy contract, its message and its way out."""
+
+import dataclasses
+
+import pytest
+import yaml
+from trl import GRPOConfig, ModelConfig, ScriptArguments, TrlParser
+
+from opo_trl import OPOConfig
+
+
+def config(**fields):
+    return OPOConfig("unused", use_cpu=True, bf16=False, report_to="none", **fields)
+
+
+def test_bare_config_is_the_algorithm():
+    bare = config()
+    assert bare.num_iterations == 1
+    assert bare.steps_per_generation == bare.gradient_accumulation_steps
+    assert (bare.beta, bare.entropy_coef, bare.epsilon, bare.epsilon_high, bare.delta) == (0.0, 0.0, None, None, None)
+    assert (bare.scale_rewards, bare.loss_type, bare.length_exponent) == ("none", "dapo", 1.0)
+    assert bare.disable_dropout
+    assert bare.vllm_importance_sampling_mode == "token_truncate"
+
+
+# Field, refused value, a value that is accepted (the way out the message names).
+REFUSED = [
+    ("num_iterations", 2, 1),
+    ("beta", 0.04, 0.0),
+    ("sync_ref_model", True, False),
+    ("entropy_coef", 0.001, 0.0),
+    ("use_adaptive_entropy", True, False),
+    ("scale_rewards", "group", "none"),
+    ("scale_rewards", "batch", "none"),
+    ("scale_rewards", True, False),
+    ("epsilon", 0.2, None),
+    ("epsilon", 0.0, None),
+    ("epsilon_high", 0.28, None),
+    ("delta", 1.5, None),
+    ("off_policy_mask_threshold", 0.5, None),
+    ("loss_type", "grpo", "dr_grpo"),
+    ("loss_type", "bnpo", "dapo"),
+    ("loss_type", "sapo", "dapo"),
+    ("loss_type", "luspo", "dapo"),
+    ("importance_sampling_level", "sequence", "token"),
+    ("vllm_importance_sampling_mode", "sequence_mask", "token_truncate"),
+    ("vllm_importance_sampling_mode", "sequence_truncate", "token_mask"),
+    ("top_entropy_quantile", 0.2, 1.0),
+    ("multi_objective_aggregation", "normalize_then_sum", "sum_then_normalize"),
+    ("disable_dropout", False, True),
+    ("neftune_noise_alpha", 5.0, None),
+    ("top_p", 0.95, 1.0),
+    ("top_k", 50, 0),
+    ("min_p", 0.05, 0.0),
+    ("repetition_penalty", 1.1, 1.0),
+    ("cache_implementation", "quantized", "static"),
+    ("vllm_structured_outputs_regex", r"\d+", None),
+    ("temperature", 0.0, 0.6),
+    ("length_exponent", -1.0, 2.0),
+    ("length_exponent", float("nan"), 0.0),
+]
+
+
+@pytest.mark.parametrize(("field", "refused", "accepted"), REFUSED)
+def test_contradictions_are_refused_by_name(field, refused, accepted):
+    with pytest.raises(ValueError, match=f"`{field}` must be") as error:
+        config(**{field: refused})
+    given = {True: "group"}.get(refused, refused) if field == "scale_rewards" else refused
+    assert repr(given) in str(error.value)
+    config(**{field: accepted})
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"top_p": 0.9}, "top_p"),
+        ({"num_beams": 4}, "num_beams"),
+        ({"do_sample": False}, "do_sample"),
+        ({"temperature": 0.5}, "temperature"),
+        ({"suppress_tokens": [3]}, "suppress_tokens"),
+        ({"min_new_tokens": 10}, "min_new_tokens"),
+        ({"presence_penalty": 0.5}, "presence_penalty"),
+        ({"logit_bias": {3: 1.0}}, "logit_bias"),
+        ({"seed": 7}, "seed"),
+        ({"structured_outputs": {"regex": "a"}}, "structured_outputs"),
+        ('{"min_p": 0.1}', "min_p"),
+    ],
+)
+def test_generation_kwargs_must_not_change_the_law(settings, named):
+    with pytest.raises(ValueError, match=f"`generation_kwargs`.*`{named}`"):
+        config(generation_kwargs=settings)
+
+
+def test_neutral_generation_kwargs_are_allowed():
+    settings = {"top_p": 1.0, "num_beams": 1, "do_sample": True, "temperature": 0.7, "min_p": 0, "use_cache": True}
+    assert config(generation_kwargs=settings, temperature=0.7).generation_kwargs == settings
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"steps_per_generation": 4}, "steps_per_generation"),
+        ({"steps_per_generation": 1, "gradient_accumulation_steps": 2}, "steps_per_generation"),
+        ({"generation_batch_size": 32}, "generation_batch_size"),
+    ],
+)
+def test_a_rollout_batch_is_one_optimizer_step(fields, named):
+    with pytest.raises(ValueError, match=f"`{named}` must .* got .*Leave `{named}` out"):
+        config(**fields)
+
+
+def test_a_rollout_batch_of_several_micro_batches_is_accepted():
+    assert config(gradient_accumulation_steps=4).steps_per_generation == 4
+    assert config(gradient_accumulation_steps=4, steps_per_generation=4).generation_batch_size == 32
+    assert config(gradient_accumulation_steps=4, generation_batch_size=32).steps_per_generation == 4
+
+
+def test_dr_grpo_needs_its_constant():
+    with pytest.raises(ValueError, match="`max_completion_length`, got None"):
+        config(loss_type="dr_grpo", max_completion_length=None)
+    config(loss_type="dapo", max_completion_length=None)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("num_iterations", 4), ("epsilon", 0.2), ("steps_per_generation", 2), ("gradient_accumulation_steps", 2)],
+)
+def test_a_field_changed_later_is_caught_on_the_second_look(field, value):
+    changed = config()
+    setattr(changed, field, value)
+    with pytest.raises(ValueError, match="OPO "):
+        changed.check_contract()
+
+
+def test_every_field_is_documented_and_overrides_keep_the_parents_names():
+    own = {field.name: field for field in dataclasses.fields(OPOConfig)}
+    assert set(own) - {field.name for field in dataclasses.fields(GRPOConfig)} == {"length_exponent"}
+    for name in OPOConfig.__annotations__:
+        assert own[name].metadata["help"]
+        assert name in OPOConfig.__doc__
+
+
+def parse(*arguments):
+    parser = TrlParser((ScriptArguments, OPOConfig, ModelConfig))
+    return parser.parse_args_and_config(["--use_cpu", "--bf16", "false", "--report_to", "none", *arguments])[1]
+
+
+def test_fields_work_on_the_command_line():
+    parsed = parse("--output_dir", "x", "--length_exponent", "1.6", "--loss_type", "dr_grpo", "--temperature", "0.6")
+    assert (parsed.length_exponent, parsed.loss_type, parsed.temperature) == (1.6, "dr_grpo", 0.6)
+    assert parse("--output_dir", "x", "--scale_rewards", "none", "--disable_dropout").disable_dropout
+    with pytest.raises(ValueError, match="`epsilon` must be None, got 0.2"):
+        parse("--output_dir", "x", "--epsilon", "0.2")
+
+
+def test_fields_work_in_yaml(tmp_path):
+    path = tmp_path / "config.yaml"
+    fields = {"output_dir": "x", "length_exponent": 0.5, "epsilon": None, "generation_kwargs": {"top_p": 1.0}}
+    path.write_text(yaml.safe_dump(fields))
+    parsed = parse("--config", str(path))
+    assert (parsed.length_exponent, parsed.epsilon, parsed.generation_kwargs) == (0.5, None, {"top_p": 1.0})
+    path.write_text(yaml.safe_dump({"output_dir": "x", "num_iterations": 2}))
+    with pytest.raises(ValueError, match="`num_iterations` must be 1, got 2"):
+        parse("--config", str(path))

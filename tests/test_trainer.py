@@ -1,0 +1,448 @@
+"""One step of OPO is the gradient of the paper, whatever surrounds it: the update against a hand-written oracle."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from trl import GRPOConfig, GRPOTrainer
+
+from opo_trl import OPOConfig, OPOTrainer
+
+from test_baselines import oracle_baseline
+from tiny import (
+    CHAT_TEMPLATE,
+    GROUP_SIZE,
+    SCRIPT,
+    relative_error,
+    scripted_dataset,
+    scripted_reward,
+    scripted_rollout,
+    scripted_trainer,
+    tiny_config,
+    tiny_model,
+    tiny_tokenizer,
+    update_of,
+)
+
+WHOLE_SCRIPT = {"per_device_train_batch_size": len(SCRIPT) * GROUP_SIZE}
+MAX_LENGTH = 32
+
+
+def reinforce_update(model, groups, loss_type="dapo", exponent=1.0, temperature=1.0):
+    """
+    Eq. 11 with b* of Eq. 12, written out: one unpadded forward per completion, a full softmax, loops over groups.
+
+    `groups` is a list of groups of (prompt ids, completion ids, trained positions, reward).
+    """
+    rows = [row for group in groups for row in group]
+    normalizer = sum(sum(trained) for _, _, trained, _ in rows) if loss_type == "dapo" else len(rows) * MAX_LENGTH
+    model.eval()
+    model.zero_grad()
+    for group in groups:
+        rewards = [math.nan if reward is None else reward for *_, reward in group]
+        baseline = oracle_baseline(rewards, [sum(trained) for _, _, trained, _ in group], exponent)
+        for prompt, completion, trained, reward in group:
+            if reward is None or math.isnan(reward):
+                continue
+            logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+            logps = (logits / temperature).log_softmax(dim=-1)[torch.arange(len(completion)), completion]
+            objective = (reward - baseline) * (logps * torch.tensor(trained)).sum() / normalizer
+            objective.backward()
+    update = {
+        name: p.grad.clone() if p.grad is not None else torch.zeros_like(p)
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
+    model.zero_grad(set_to_none=True)
+    return update
+
+
+def scripted_groups(script=SCRIPT, trained=lambda ids: [1] * len(ids), end=True):
+    tokenizer = tiny_tokenizer()
+    groups = []
+    for prompt, completions in script.items():
+        ids = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] * end for text, _ in completions]
+        groups.append(
+            [(tokenizer(prompt)["input_ids"], c, trained(c), r) for c, (_, r) in zip(ids, completions, strict=True)]
+        )
+    return groups
+
+
+# Groups hold 4 completions, so micro-batches of 6 and 3 cut through groups.
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(24, 1), (12, 2), (6, 4), (3, 8)])
+@pytest.mark.parametrize("loss_type", ["dapo", "dr_grpo"])
+def test_a_step_is_reinforce_with_the_optimal_baseline(tmp_path, loss_type, batch_size, accumulation):
+    trainer = scripted_trainer(
+        tmp_path,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        loss_type=loss_type,
+        max_completion_length=MAX_LENGTH,
+    )
+    update = update_of(trainer)
+    assert relative_error(update, reinforce_update(tiny_model(), scripted_groups(), loss_type)) < 1e-5
+    assert trainer.state.global_step == 1
+    assert trainer.ref_model is None
+
+
+@pytest.mark.parametrize("exponent", [0.0, 1.6])
+@pytest.mark.parametrize("temperature", [0.6, 1.3])
+def test_length_exponent_and_temperature_reach_the_gradient(tmp_path, exponent, temperature):
+    update = update_of(
+        scripted_trainer(tmp_path, length_exponent=exponent, temperature=temperature, **WHOLE_SCRIPT)
+    )
+    expected = reinforce_update(tiny_model(), scripted_groups(), exponent=exponent, temperature=temperature)
+    assert relative_error(update, expected) < 1e-5
+    other = reinforce_update(tiny_model(), scripted_groups(), exponent=1.0, temperature=temperature)
+    assert relative_error(update, other) > 1e-2, "the exponent must matter for this test to mean anything"
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path):
+    update = update_of(scripted_trainer(tmp_path, gradient_checkpointing=True, **WHOLE_SCRIPT))
+    assert relative_error(update, reinforce_update(tiny_model(), scripted_groups())) < 1e-5
+
+
+def test_several_steps_use_fresh_samples_each(tmp_path):
+    """Two steps of two prompts each are two separate REINFORCE steps, the second from the moved weights."""
+    trainer = scripted_trainer(tmp_path, max_steps=2)
+    update = update_of(trainer)
+    groups, model = scripted_groups(), tiny_model()
+    first = reinforce_update(model, groups[:2])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter += first[name]
+    second = reinforce_update(model, groups[2:4])
+    assert relative_error(update, {name: first[name] + second[name] for name in first}) < 1e-5
+
+
+def test_equal_lengths_reduce_to_grpo_without_scaling(tmp_path):
+    """TRL's own trainer as the oracle: with equal lengths b* is the group mean."""
+
+    def rollout(prompts, trainer):
+        output = scripted_rollout(prompts, trainer)
+        output["completion_ids"] = [(ids[:-1] * 9)[:8] + [1] for ids in output["completion_ids"]]
+        output["logprobs"] = [[0.0] * 9] * len(prompts)
+        return output
+
+    opo = update_of(scripted_trainer(tmp_path, rollout=rollout, **WHOLE_SCRIPT))
+    fields = {**tiny_config(tmp_path, **WHOLE_SCRIPT).to_dict(), "epsilon": 0.2}
+    for name in ("length_exponent", "steps_per_generation", "generation_batch_size"):
+        del fields[name]
+    grpo = GRPOTrainer(
+        tiny_model(),
+        scripted_reward,
+        GRPOConfig(**{k: v for k, v in fields.items() if k in GRPOConfig.__dataclass_fields__ and v is not None}),
+        scripted_dataset(),
+        processing_class=tiny_tokenizer(),
+        rollout_func=rollout,
+    )
+    assert relative_error(opo, update_of(grpo)) < 1e-5
+
+
+def test_the_logged_loss_is_zero_by_construction(tmp_path):
+    trainer = scripted_trainer(tmp_path, per_device_train_batch_size=6, gradient_accumulation_steps=4)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert abs(log["loss"]) < 1e-6
+    assert log["grad_norm"] > 1e-3
+
+
+def test_peft_moves_the_adapter_by_the_same_gradient(tmp_path):
+    """Random adapter weights, so that both factors have a gradient; a dropout that would show if it were on."""
+    lora = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], lora_dropout=0.5, init_lora_weights=False)
+
+    def peft_model():
+        torch.manual_seed(1)
+        return get_peft_model(tiny_model(), lora)
+
+    trainer = scripted_trainer(tmp_path, peft_model(), **WHOLE_SCRIPT)
+    update = update_of(trainer)
+    assert all("lora_" in name for name in update)
+    assert relative_error(update, reinforce_update(peft_model(), scripted_groups())) < 1e-5
+
+
+def test_peft_config_is_taken_as_in_grpo_trainer(tmp_path):
+    trainer = scripted_trainer(tmp_path, peft_config=LoraConfig(r=4, target_modules=["q_proj"]))
+    update = update_of(trainer)
+    assert any(value.abs().max() > 0 for value in update.values())
+    assert all("lora_" in name for name in update)
+
+
+@pytest.mark.parametrize("rates", [{"attention_dropout": 0.5}])
+def test_dropout_of_the_models_config_is_off(tmp_path, rates):
+    model = tiny_model(**rates)
+    update = update_of(scripted_trainer(tmp_path, model, **WHOLE_SCRIPT))
+    assert relative_error(update, reinforce_update(tiny_model(), scripted_groups())) < 1e-5
+    assert model.config.attention_dropout == 0.0
+
+
+def test_masked_tokens_are_attended_but_neither_trained_nor_counted(tmp_path):
+    """Tool output: the first half of each completion is fed to the model, and only the rest is the policy's."""
+
+    def trained(ids):
+        return [0] * (len(ids) // 2) + [1] * (len(ids) - len(ids) // 2)
+
+    def rollout(prompts, trainer):
+        output = scripted_rollout(prompts, trainer)
+        return {**output, "env_mask": [trained(ids) for ids in output["completion_ids"]]}
+
+    update = update_of(scripted_trainer(tmp_path, rollout=rollout, **WHOLE_SCRIPT))
+    assert relative_error(update, reinforce_update(tiny_model(), scripted_groups(trained=trained))) < 1e-5
+    whole = reinforce_update(tiny_model(), scripted_groups())
+    assert relative_error(update, whole) > 1e-2
+
+
+def test_truncated_completions_have_no_weight_when_masked(tmp_path):
+    """Without an end token a completion counts as truncated: it leaves the loss, its group's baseline and the count."""
+
+    def is_cut(ids):
+        return len(ids) % 3 == 0
+
+    def rollout(prompts, trainer):
+        output = scripted_rollout(prompts, trainer)
+        ids = [c[:-1] if is_cut(c) else c for c in output["completion_ids"]]
+        return {**output, "completion_ids": ids, "logprobs": [[0.0] * len(c) for c in ids]}
+
+    update = update_of(
+        scripted_trainer(tmp_path, rollout=rollout, mask_truncated_completions=True, **WHOLE_SCRIPT)
+    )
+    groups = scripted_groups(trained=lambda ids: [0 if is_cut(ids) else 1] * len(ids))
+    assert relative_error(update, reinforce_update(tiny_model(), groups)) < 1e-5
+    assert any(is_cut(ids) for group in groups for _, ids, _, _ in group)
+
+
+def test_nothing_trainable_changes_nothing(tmp_path):
+    def rollout(prompts, trainer):
+        output = scripted_rollout(prompts, trainer)
+        return {**output, "env_mask": [[0] * len(ids) for ids in output["completion_ids"]]}
+
+    trainer = scripted_trainer(tmp_path, rollout=rollout, **WHOLE_SCRIPT)
+    assert all((value == 0).all() for value in update_of(trainer).values())
+    log = trainer.state.log_history[0]
+    assert log["loss"] == 0.0
+    assert log["grad_norm"] == 0.0
+    assert log["opo/informative_fraction"] == 0.0
+
+
+@pytest.mark.parametrize("unscorable", [None, math.nan])
+def test_unscorable_completions_are_left_out_and_counted(tmp_path, unscorable):
+    script = {p: [(text, None if i == 1 else r) for i, (text, r) in enumerate(c)] for p, c in SCRIPT.items()}
+
+    def reward(completions, score, **kwargs):
+        return [unscorable if i % GROUP_SIZE == 1 else s for i, s in enumerate(score)]
+
+    trainer = scripted_trainer(tmp_path, reward_funcs=reward, **WHOLE_SCRIPT)
+    update = update_of(trainer)
+    assert relative_error(update, reinforce_update(tiny_model(), scripted_groups(script))) < 1e-5
+    missing = sum(r is None for completions in script.values() for _, r in completions)
+    assert trainer.state.log_history[0]["opo/unscorable_fraction"] == pytest.approx(missing / 24)
+
+
+def test_an_infinite_reward_stops_the_run_and_names_the_function_and_the_row(tmp_path):
+    def overflowing(completions, score, **kwargs):
+        return [-math.inf if i == 5 else 1.0 for i in range(len(completions))]
+
+    trainer = scripted_trainer(tmp_path, reward_funcs=[scripted_reward, overflowing])
+    with pytest.raises(ValueError, match="'overflowing' returned -inf for row 5 of the rollout batch"):
+        trainer.train()
+
+
+def test_weighted_rewards_with_gaps_and_async_functions(tmp_path):
+    """A function's None leaves that function out; only a completion that no function scored is unscorable."""
+
+    def sometimes(completions, **kwargs):
+        return [None if len(text) % 2 else len(text) / 10 for text in completions]
+
+    async def later(completions, score, **kwargs):
+        return [None if s is None else -s for s in score]
+
+    def total(text, score):
+        parts = [2.0 * score if score is not None else None, None if len(text) % 2 else 0.5 * len(text) / 10]
+        parts.append(-3.0 * score if score is not None else None)
+        known = [part for part in parts if part is not None]
+        return sum(known) if known else None
+
+    script = {p: [(text, total(text, r)) for text, r in completions] for p, completions in SCRIPT.items()}
+    trainer = scripted_trainer(
+        tmp_path, reward_funcs=[scripted_reward, sometimes, later], reward_weights=[2.0, 0.5, -3.0 / -1.0], **WHOLE_SCRIPT
+    )
+    assert relative_error(update_of(trainer), reinforce_update(tiny_model(), scripted_groups(script))) < 1e-5
+
+
+def expected_advantages():
+    expected = {}
+    for group in scripted_groups():
+        rewards = [math.nan if r is None else r for *_, r in group]
+        baseline = oracle_baseline(rewards, [len(ids) for _, ids, _, _ in group], 1.0)
+        for (_, ids, _, _), reward in zip(group, rewards, strict=True):
+            expected[tiny_tokenizer().decode(ids[:-1])] = 0.0 if math.isnan(reward) else reward - baseline
+    return expected
+
+
+def test_the_completions_table_shows_opos_advantages(tmp_path):
+    trainer = scripted_trainer(tmp_path, log_completions=True, num_completions_to_print=1, **WHOLE_SCRIPT)
+    trainer.train()
+    table = pd.read_parquet(tmp_path / "completions" / "completions_00001.parquet")
+    expected = expected_advantages()
+    assert len(table) == len(expected)
+    for text, advantage in zip(table["completion"], table["advantage"], strict=True):
+        assert advantage == pytest.approx(expected[text], abs=1e-6)
+
+
+def test_metrics_of_the_step_are_logged(tmp_path):
+    trainer = scripted_trainer(tmp_path, per_device_train_batch_size=6, gradient_accumulation_steps=4)
+    model, groups = tiny_model(), scripted_groups()
+    entropies = []
+    with torch.no_grad():
+        for prompt, completion, _, _ in (row for group in groups for row in group):
+            logps = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1].log_softmax(dim=-1)
+            entropies.append(-(logps.exp() * logps).sum(dim=-1))
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["entropy"] == pytest.approx(torch.cat(entropies).mean().item(), rel=1e-5)
+    baselines = [
+        oracle_baseline([math.nan if r is None else r for *_, r in g], [len(c) for _, c, _, _ in g], 1.0) for g in groups
+    ]
+    assert log["opo/baseline"] == pytest.approx(np.mean(baselines), rel=1e-5)
+    informative = np.mean([a != 0 for a in expected_advantages().values()])
+    assert log["opo/informative_fraction"] == pytest.approx(informative)
+    for name in ("opo/baseline_minus_mean", "opo/length_reward_correlation", "opo/variance_proxy"):
+        assert math.isfinite(log[name])
+
+
+def test_evaluation_with_its_own_group_size(tmp_path):
+    trainer = scripted_trainer(
+        tmp_path,
+        eval_dataset=scripted_dataset(),
+        eval_strategy="steps",
+        eval_steps=1,
+        num_generations_eval=2,
+        per_device_eval_batch_size=6,
+        log_completions=True,
+        num_completions_to_print=1,
+    )
+    trainer.train()
+    log = next(entry for entry in trainer.state.log_history if "eval_reward" in entry)
+    scores = [r for completions in SCRIPT.values() for _, r in completions[:2] if r is not None]
+    assert log["eval_reward"] == pytest.approx(np.mean(scores), abs=0.2)
+    assert math.isfinite(log["eval_entropy"])
+    assert abs(log["eval_loss"]) < 1e-6
+    assert math.isfinite(log["eval_opo/baseline"])
+
+
+def test_message_prompts_are_generated_for_and_scored(tmp_path, chat_model_dir):
+    rows = [{"prompt": [{"role": "user", "content": f"{n}+1"}], "solution": str(n + 1)} for n in range(4)]
+    seen = []
+
+    def reward(prompts, completions, solution, **kwargs):
+        seen.extend(zip(prompts, completions, solution, strict=True))
+        return [float(len(c[0]["content"])) for c in completions]
+
+    trainer = OPOTrainer(
+        str(chat_model_dir), reward, tiny_config(tmp_path, max_completion_length=6), Dataset.from_list(rows)
+    )
+    update = update_of(trainer)
+    assert any(value.abs().max() > 0 for value in update.values())
+    prompt, completion, solution = seen[0]
+    assert completion[0]["role"] == "assistant"
+    assert prompt[0]["content"] == f"{int(solution) - 1}+1"
+
+
+def test_the_model_card_cites_the_paper(tmp_path):
+    trainer = scripted_trainer(tmp_path)
+    trainer.create_model_card("tiny")
+    card = (tmp_path / "README.md").read_text()
+    assert "2505.23585" in card
+    assert "On-Policy RL with Optimal Reward Baseline" in card
+    assert "opo" in card.split("---")[1]
+
+
+def test_no_args_builds_an_opo_config(tmp_path, monkeypatch, chat_model_dir):
+    monkeypatch.chdir(tmp_path)
+    # OPOConfig, like GRPOConfig, trains in bf16 unless told otherwise, which needs a GPU.
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
+    rows = [{"prompt": [{"role": "user", "content": "1+1"}]}] * 8
+    trainer = OPOTrainer(str(chat_model_dir), scripted_reward, train_dataset=Dataset.from_list(rows))
+    assert type(trainer.args) is OPOConfig
+    assert trainer.args.output_dir == f"{chat_model_dir.name}-OPO"
+
+
+def test_another_config_class_is_refused_before_a_model_loads(tmp_path):
+    args = GRPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+    with pytest.raises(ValueError, match="takes an OPOConfig as `args`, got GRPOConfig"):
+        OPOTrainer("no such model", scripted_reward, args, scripted_dataset())
+
+
+def test_a_changed_config_is_refused_before_a_model_loads(tmp_path):
+    args = tiny_config(tmp_path)
+    args.beta = 0.1
+    with pytest.raises(ValueError, match=r"`beta` must be 0\.0, got 0\.1"):
+        OPOTrainer("no such model", scripted_reward, args, scripted_dataset())
+
+
+def test_a_config_changed_between_construction_and_training_is_refused(tmp_path):
+    trainer = scripted_trainer(tmp_path)
+    trainer.args.num_iterations = 2
+    with pytest.raises(ValueError, match="`num_iterations` must be 1, got 2"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("datasets", "message"),
+    [
+        ({"train_dataset": Dataset.from_dict({"question": ["a"]})}, r"`train_dataset`.*`prompt`.*\['question'\]"),
+        ({"train_dataset": scripted_dataset(0)}, r"at least 2 row\(s\).*got 0"),
+        ({"train_dataset": scripted_dataset(1)}, r"at least 2 row\(s\), the prompts of one rollout batch, got 1"),
+        (
+            {"train_dataset": scripted_dataset(), "eval_dataset": {"x": Dataset.from_dict({"q": ["a"]})}},
+            r"`eval_dataset\['x'\]`.*`prompt`.*\['q'\]",
+        ),
+        ({"train_dataset": scripted_dataset(), "eval_dataset": scripted_dataset(0)}, "`eval_dataset`.*got 0"),
+    ],
+)
+def test_unusable_datasets_are_refused_before_a_model_loads(tmp_path, datasets, message):
+    with pytest.raises(ValueError, match=message):
+        OPOTrainer("no such model", scripted_reward, tiny_config(tmp_path), **datasets)
+
+
+def test_messages_without_a_chat_template_are_refused_before_the_model_loads(tmp_path, base_model_dir):
+    dataset = Dataset.from_list([{"prompt": [{"role": "user", "content": "1+1"}]}] * 4)
+    with pytest.raises(ValueError, match="must have a chat template"):
+        OPOTrainer(str(base_model_dir), scripted_reward, tiny_config(tmp_path), dataset)
+    OPOTrainer(
+        str(base_model_dir),
+        scripted_reward,
+        tiny_config(tmp_path),
+        dataset,
+        processing_class=tiny_tokenizer(chat_template=CHAT_TEMPLATE),
+    )
+
+
+def test_a_tokenizer_with_neither_pad_nor_eos_is_refused(tmp_path):
+    tokenizer = tiny_tokenizer(pad_token=None)
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="pad or an eos token"):
+        scripted_trainer(tmp_path, processing_class=tokenizer)
+
+
+def test_a_batch_that_the_group_size_does_not_divide_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"generation_batch_size \(6\) must be divisible by num_generations \(4\)"):
+        tiny_config(tmp_path, per_device_train_batch_size=6)
+
+
+def test_resuming_goes_on_where_the_run_stopped(tmp_path):
+    straight = scripted_trainer(tmp_path / "a", max_steps=3, optim="adamw_torch", learning_rate=1e-3)
+    whole = update_of(straight)
+    first = scripted_trainer(
+        tmp_path / "b", max_steps=2, save_strategy="steps", save_steps=2, optim="adamw_torch", learning_rate=1e-3
+    )
+    first.train()
+    second = scripted_trainer(tmp_path / "b", max_steps=3, optim="adamw_torch", learning_rate=1e-3)
+    second.train(resume_from_checkpoint=True)
+    before = dict(tiny_model().named_parameters())
+    resumed = {name: p.detach() - before[name].detach() for name, p in second.model.named_parameters()}
+    assert relative_error(resumed, whole) < 1e-6
