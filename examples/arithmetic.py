@@ -13,6 +13,7 @@ from typing import Any
 from datasets import Dataset
 
 LARGEST_OPERAND = 49
+NUM_PROBLEMS = 296_499  # distinct problems in all
 SPLIT_SHARES = {"warm_start": 6, "train": 3, "test": 1}  # tenths of all problems
 
 
@@ -48,15 +49,21 @@ def load_arithmetic(split: str, size: int, seed: int = 0) -> Dataset:
         split (`str`):
             `"warm_start"`, `"train"` or `"test"`.
         size (`int`):
-            Number of problems. There are about 90,000 in all, a tenth of them in `"test"`.
+            Number of problems, at most half of those in the split.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the draw. The split of a problem does not depend on it.
 
     Returns:
-        [`~datasets.Dataset`] with the columns `problem` (`17+8-12=?`), `steps` (`17+8=25,25-12=13`) and `answer` (`13`).
+        [`~datasets.Dataset`] with the columns `problem` (`17+8-12=?`), `steps` (`17+8=25,25-12=13`), `answer` (`13`).
+
+    Raises:
+        ValueError: If there is no such split, or it is too small for `size` distinct problems.
     """
     if split not in SPLIT_SHARES:
         raise ValueError(f"split must be one of {sorted(SPLIT_SHARES)}, got {split!r}.")
+    limit = NUM_PROBLEMS * SPLIT_SHARES[split] // 20
+    if size > limit:
+        raise ValueError(f"size must be at most {limit} for the split {split!r}, got {size}.")
     rng = random.Random(f"{split}-{seed}")
     rows: dict[str, dict[str, Any]] = {}
     while len(rows) < size:

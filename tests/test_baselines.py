@@ -40,9 +40,7 @@ def test_worked_example():
 @given(batches(), EXPONENTS)
 def test_baseline_equals_the_plain_loop(batch, exponent):
     rewards, lengths = batch
-    expected = [
-        oracle_baseline(r, n, exponent) for r, n in zip(rewards.tolist(), lengths.tolist(), strict=True)
-    ]
+    expected = [oracle_baseline(r, n, exponent) for r, n in zip(rewards.tolist(), lengths.tolist(), strict=True)]
     assert torch.allclose(optimal_baseline(rewards, lengths, exponent).flatten(), torch.tensor(expected), atol=1e-5)
 
 

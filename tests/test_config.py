@@ -149,7 +149,7 @@ def test_fields_work_on_the_command_line():
     parsed = parse("--output_dir", "x", "--length_exponent", "1.6", "--loss_type", "dr_grpo", "--temperature", "0.6")
     assert (parsed.length_exponent, parsed.loss_type, parsed.temperature) == (1.6, "dr_grpo", 0.6)
     assert parse("--output_dir", "x", "--scale_rewards", "none", "--disable_dropout").disable_dropout
-    with pytest.raises(ValueError, match="`epsilon` must be None, got 0.2"):
+    with pytest.raises(ValueError, match=r"`epsilon` must be None, got 0\.2"):
         parse("--output_dir", "x", "--epsilon", "0.2")
 
 

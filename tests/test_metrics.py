@@ -6,7 +6,6 @@ import torch
 from hypothesis import assume, given
 
 from opo_trl.metrics import rollout_metrics
-
 from test_baselines import batches, oracle_baseline
 
 NAN = math.nan

@@ -1,6 +1,8 @@
 """One step of OPO is the gradient of the paper, whatever surrounds it: the update against a hand-written oracle."""
 
+import inspect
 import math
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -8,15 +10,16 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, FalconConfig, GPT2Config, MixtralConfig, OPTConfig
 from trl import GRPOConfig, GRPOTrainer
 
 from opo_trl import OPOConfig, OPOTrainer
-
 from test_baselines import oracle_baseline
 from tiny import (
     CHAT_TEMPLATE,
     GROUP_SIZE,
     SCRIPT,
+    VOCABULARY,
     relative_error,
     scripted_dataset,
     scripted_reward,
@@ -92,9 +95,7 @@ def test_a_step_is_reinforce_with_the_optimal_baseline(tmp_path, loss_type, batc
 @pytest.mark.parametrize("exponent", [0.0, 1.6])
 @pytest.mark.parametrize("temperature", [0.6, 1.3])
 def test_length_exponent_and_temperature_reach_the_gradient(tmp_path, exponent, temperature):
-    update = update_of(
-        scripted_trainer(tmp_path, length_exponent=exponent, temperature=temperature, **WHOLE_SCRIPT)
-    )
+    update = update_of(scripted_trainer(tmp_path, length_exponent=exponent, temperature=temperature, **WHOLE_SCRIPT))
     expected = reinforce_update(tiny_model(), scripted_groups(), exponent=exponent, temperature=temperature)
     assert relative_error(update, expected) < 1e-5
     other = reinforce_update(tiny_model(), scripted_groups(), exponent=1.0, temperature=temperature)
@@ -124,7 +125,7 @@ def test_equal_lengths_reduce_to_grpo_without_scaling(tmp_path):
 
     def rollout(prompts, trainer):
         output = scripted_rollout(prompts, trainer)
-        output["completion_ids"] = [(ids[:-1] * 9)[:8] + [1] for ids in output["completion_ids"]]
+        output["completion_ids"] = [[*(ids[:-1] * 9)[:8], 1] for ids in output["completion_ids"]]
         output["logprobs"] = [[0.0] * 9] * len(prompts)
         return output
 
@@ -172,12 +173,64 @@ def test_peft_config_is_taken_as_in_grpo_trainer(tmp_path):
     assert all("lora_" in name for name in update)
 
 
-@pytest.mark.parametrize("rates", [{"attention_dropout": 0.5}])
-def test_dropout_of_the_models_config_is_off(tmp_path, rates):
-    model = tiny_model(**rates)
+def test_dropout_of_the_models_config_is_off(tmp_path):
+    model = tiny_model(attention_dropout=0.5)
     update = update_of(scripted_trainer(tmp_path, model, **WHOLE_SCRIPT))
     assert relative_error(update, reinforce_update(tiny_model(), scripted_groups())) < 1e-5
-    assert model.config.attention_dropout == 0.0
+
+
+@pytest.mark.parametrize(
+    ("config_class", "rates"),
+    [
+        (FalconConfig, {"hidden_dropout": 0.5, "attention_dropout": 0.5}),  # read from the config at each forward
+        (GPT2Config, {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5}),  # modules, named otherwise
+        (
+            MixtralConfig,
+            {"router_jitter_noise": 0.5, "num_local_experts": 2, "num_key_value_heads": 2},
+        ),  # noise on what the router sees
+        (OPTConfig, {"layerdrop": 0.5, "dropout": 0.5, "word_embed_proj_dim": 32}),  # whole layers left out
+    ],
+)
+def test_the_training_forward_of_any_architecture_is_deterministic(tmp_path, config_class, rates):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": len(VOCABULARY)}
+    model = AutoModelForCausalLM.from_config(config_class(**sizes, max_position_embeddings=64, **rates))
+    tokens = torch.arange(3, 19).view(2, 8)
+    model.train()
+    before = [model(tokens).logits for _ in range(4)]
+    assert any(not torch.equal(before[0], logits) for logits in before[1:]), "the rates must matter for this test"
+    trainer = scripted_trainer(tmp_path, model)
+    trainer.model.train()
+    after = [trainer.model(tokens).logits for _ in range(4)]
+    assert all(torch.equal(after[0], logits) for logits in after[1:])
+
+
+@pytest.mark.parametrize("coefficient", [0.0, 0.5])
+def test_a_routers_auxiliary_loss_is_added_as_in_the_parent(tmp_path, coefficient):
+    """A mixture of experts trains by OPO plus its load balancing, a mean over the step's micro-batches."""
+
+    def mixtral():
+        torch.manual_seed(0)
+        config = MixtralConfig(
+            hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+            num_local_experts=4, vocab_size=len(VOCABULARY), max_position_embeddings=128, initializer_range=0.2,
+        )  # fmt: skip
+        return AutoModelForCausalLM.from_config(config)
+
+    trainer = scripted_trainer(
+        tmp_path,
+        mixtral(),
+        per_device_train_batch_size=12,
+        gradient_accumulation_steps=2,
+        router_aux_loss_coef=coefficient,
+    )
+    error = relative_error(update_of(trainer), reinforce_update(mixtral(), scripted_groups()))
+    log = trainer.state.log_history[0]
+    if coefficient:
+        assert error > 1e-2
+        assert log["loss"] == pytest.approx(coefficient * log["aux_loss"], rel=1e-4)
+    else:
+        assert error < 1e-5
+        assert "aux_loss" not in log
 
 
 def test_masked_tokens_are_attended_but_neither_trained_nor_counted(tmp_path):
@@ -196,6 +249,65 @@ def test_masked_tokens_are_attended_but_neither_trained_nor_counted(tmp_path):
     assert relative_error(update, whole) > 1e-2
 
 
+def test_tools_are_called_and_their_output_is_not_trained(tmp_path):
+    """TRL's own tool loop with a real chat template; what the tool said counts neither in b* nor in the gradient."""
+
+    def add(a: int, b: int) -> int:
+        """
+        Add two numbers.
+
+        Args:
+            a: The first number.
+            b: The second number.
+
+        Returns:
+            Their sum.
+        """
+        return a + b
+
+    template = Path(inspect.getfile(GRPOTrainer)).parents[1] / "chat_templates" / "qwen3.jinja"
+    tokenizer = tiny_tokenizer(chat_template=template.read_text())
+    call = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call>'
+    turns = iter(
+        [
+            [call if i % 2 else "without a tool" + "!" * i for i in range(8)],
+            ["it is 3" + "." * i for i in range(4)],
+        ]
+    )
+
+    class Scripted(OPOTrainer):
+        def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+            return [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in next(turns)], None
+
+        def _generate_and_score_completions(self, inputs):
+            self.batch = super()._generate_and_score_completions(inputs)
+            return self.batch
+
+    rewards = [0.3, 1.0, -0.5, 0.0, 2.0, 0.25, 0.5, 1.5]
+    trainer = Scripted(
+        tiny_model(max_position_embeddings=4096),
+        lambda completions, **kwargs: rewards,
+        tiny_config(tmp_path, max_completion_length=600),
+        Dataset.from_list([{"prompt": [{"role": "user", "content": f"add {n}"}]} for n in range(2)]),
+        processing_class=tokenizer,
+        tools=[add],
+    )
+    update, batch = update_of(trainer), trainer.batch
+    assert trainer.state.log_history[0]["tools/call_frequency"] == 0.5
+    rows = [
+        (prompt[prompt_mask.bool()].tolist(), ids[mask.bool()].tolist(), trained[mask.bool()].tolist(), reward)
+        for prompt, prompt_mask, ids, mask, trained, reward in zip(
+            *(batch[k] for k in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "tool_mask")),
+            rewards,
+            strict=True,
+        )
+    ]
+    assert "<tool_response>\n3\n</tool_response>" in tokenizer.decode(rows[1][1])
+    assert 0 < sum(rows[1][2]) < len(rows[1][2])
+    expected = reinforce_update(tiny_model(max_position_embeddings=4096), [rows[:4], rows[4:]])
+    assert relative_error(update, expected) < 1e-5
+
+
 def test_truncated_completions_have_no_weight_when_masked(tmp_path):
     """Without an end token a completion counts as truncated: it leaves the loss, its group's baseline and the count."""
 
@@ -207,9 +319,7 @@ def test_truncated_completions_have_no_weight_when_masked(tmp_path):
         ids = [c[:-1] if is_cut(c) else c for c in output["completion_ids"]]
         return {**output, "completion_ids": ids, "logprobs": [[0.0] * len(c) for c in ids]}
 
-    update = update_of(
-        scripted_trainer(tmp_path, rollout=rollout, mask_truncated_completions=True, **WHOLE_SCRIPT)
-    )
+    update = update_of(scripted_trainer(tmp_path, rollout=rollout, mask_truncated_completions=True, **WHOLE_SCRIPT))
     groups = scripted_groups(trained=lambda ids: [0 if is_cut(ids) else 1] * len(ids))
     assert relative_error(update, reinforce_update(tiny_model(), groups)) < 1e-5
     assert any(is_cut(ids) for group in groups for _, ids, _, _ in group)
@@ -268,7 +378,10 @@ def test_weighted_rewards_with_gaps_and_async_functions(tmp_path):
 
     script = {p: [(text, total(text, r)) for text, r in completions] for p, completions in SCRIPT.items()}
     trainer = scripted_trainer(
-        tmp_path, reward_funcs=[scripted_reward, sometimes, later], reward_weights=[2.0, 0.5, -3.0 / -1.0], **WHOLE_SCRIPT
+        tmp_path,
+        reward_funcs=[scripted_reward, sometimes, later],
+        reward_weights=[2.0, 0.5, 3.0],
+        **WHOLE_SCRIPT,
     )
     assert relative_error(update_of(trainer), reinforce_update(tiny_model(), scripted_groups(script))) < 1e-5
 
@@ -305,7 +418,8 @@ def test_metrics_of_the_step_are_logged(tmp_path):
     log = trainer.state.log_history[0]
     assert log["entropy"] == pytest.approx(torch.cat(entropies).mean().item(), rel=1e-5)
     baselines = [
-        oracle_baseline([math.nan if r is None else r for *_, r in g], [len(c) for _, c, _, _ in g], 1.0) for g in groups
+        oracle_baseline([math.nan if r is None else r for *_, r in g], [len(c) for _, c, _, _ in g], 1.0)
+        for g in groups
     ]
     assert log["opo/baseline"] == pytest.approx(np.mean(baselines), rel=1e-5)
     informative = np.mean([a != 0 for a in expected_advantages().values()])

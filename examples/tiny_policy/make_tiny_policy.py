@@ -2,10 +2,10 @@
 
     python examples/tiny_policy/make_tiny_policy.py
 
-Half of the worked solutions go step by step (`17+8=25,25-12=13 \\boxed{13}`) and half give the answer at once
-(`\\boxed{13}`), so the policy starts out doing either. Steps are right far more often than guesses: what OPO has to
-find out is that working in steps pays. Takes about 5 minutes on two cores and writes the weights (about 400 kB) and
-the tokenizer beside this file, or to `--output_dir`.
+Some of the solutions it sees go step by step (`17+8=25,25-12=13 \\boxed{13}`), and some are guesses, made at once and
+mostly off by a little (`\\boxed{14}`). So the policy starts out doing either, and what OPO has to find out is that
+working in steps pays. Takes about 5 minutes on one core and writes the weights (about 430 kB) and the tokenizer beside
+this file, or to `--output_dir`.
 """
 
 import argparse
@@ -18,11 +18,14 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from datasets import Dataset
+
 from arithmetic import load_arithmetic
 
 PAD, EOS, BOX = "<pad>", "<eos>", "\\boxed{"
 VOCABULARY = [PAD, EOS, BOX, *"}0123456789+-=?, "]
-DIRECT_SHARE = 0.5
+GUESS_SHARE = 0.55
+LARGEST_GUESS_ERROR = 3
 BATCH_SIZE = 256
 LEARNING_RATE = 3e-3
 NUM_PROBLEMS = 20_000
@@ -55,16 +58,24 @@ def make_model() -> LlamaForCausalLM:
     )
 
 
-def make_batch(
-    rows: list[tuple[list[int], list[int], list[int]]], rng: random.Random
-) -> tuple[torch.Tensor, torch.Tensor]:
+def make_batch(problems: Dataset, tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> dict[str, torch.Tensor]:
     """Draw left-padded token ids and labels (B, T); only the solution carries a label."""
-    drawn = rng.choices(rows, k=BATCH_SIZE)
-    pairs = [(prompt, direct if rng.random() < DIRECT_SHARE else steps) for prompt, steps, direct in drawn]
-    width = max(len(prompt) + len(solution) for prompt, solution in pairs)
-    ids = [[0] * (width - len(prompt) - len(solution)) + prompt + solution for prompt, solution in pairs]
-    labels = [[-100] * (width - len(solution)) + solution for _, solution in pairs]
-    return torch.tensor(ids), torch.tensor(labels)
+    pairs = []
+    for index in rng.choices(range(len(problems)), k=BATCH_SIZE):
+        row = problems[index]
+        if rng.random() < GUESS_SHARE:
+            guess = abs(int(row["answer"]) + rng.randint(-LARGEST_GUESS_ERROR, LARGEST_GUESS_ERROR))
+            solution = f"{BOX}{guess}}}"
+        else:
+            solution = f"{row['steps']} {BOX}{row['answer']}}}"
+        pairs.append((row["problem"], solution + EOS))
+    batch = tokenizer([problem + solution for problem, solution in pairs], padding=True, return_tensors="pt")
+    labels = batch["input_ids"].clone()
+    for row_labels, solution_ids in zip(
+        labels, tokenizer([solution for _, solution in pairs])["input_ids"], strict=True
+    ):
+        row_labels[: -len(solution_ids)] = -100
+    return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
 
 
 def main() -> None:
@@ -79,20 +90,11 @@ def main() -> None:
     tokenizer, model = make_tokenizer(), make_model()
     print(f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters", flush=True)
 
-    eos = [tokenizer.eos_token_id]
-    rows = [
-        (
-            tokenizer(row["problem"])["input_ids"],
-            tokenizer(f"{row['steps']} {BOX}{row['answer']}}}")["input_ids"] + eos,
-            tokenizer(f"{BOX}{row['answer']}}}")["input_ids"] + eos,
-        )
-        for row in load_arithmetic("warm_start", NUM_PROBLEMS)
-    ]
+    problems = load_arithmetic("warm_start", NUM_PROBLEMS)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, args.steps, pct_start=0.05)
     for step in range(1, args.steps + 1):
-        ids, labels = make_batch(rows, rng)
-        loss = model(input_ids=ids, attention_mask=(ids != 0).long(), labels=labels).loss
+        loss = model(**make_batch(problems, tokenizer, rng)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

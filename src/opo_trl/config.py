@@ -49,7 +49,7 @@ _CONTRACT = (
     _Rule(
         "vllm_importance_sampling_mode",
         ("token_truncate", "token_mask"),
-        "corrects the engine's mismatch token by token; a ratio multiplied over thousands of tokens masks whole batches",
+        "corrects the engine's mismatch token by token; a ratio multiplied over a whole completion masks nearly all",
     ),
     _Rule("disable_dropout", (True,), "takes the gradient of the network that sampled, without dropout"),
     _Rule("neftune_noise_alpha", (None, 0.0), "takes the gradient of the network that sampled, without noise"),
@@ -149,17 +149,17 @@ class OPOConfig(GRPOConfig):
         self._check_generation_kwargs()
         if not self.temperature > 0:
             raise ValueError(
-                f"OPO {_OWN_LAW}: `temperature` must be above 0 (0 is greedy), got {self.temperature!r}. Leave it at 1.0."
+                f"OPO {_OWN_LAW}: `temperature` must be above 0 (0 is greedy), got {self.temperature!r}. Use 1.0."
             )
         if not (math.isfinite(self.length_exponent) and self.length_exponent >= 0):
             raise ValueError(
-                f"`length_exponent` must be a finite number of at least 0, got {self.length_exponent!r}. Use 1.0 for OPO "
-                "or 0.0 for the group mean."
+                f"`length_exponent` must be a finite number of at least 0, got {self.length_exponent!r}. Use 1.0 for "
+                "OPO or 0.0 for the group mean."
             )
         if self.loss_type == "dr_grpo" and self.max_completion_length is None:
             raise ValueError(
-                "`loss_type='dr_grpo'` divides by `max_completion_length`, got None. Set `max_completion_length`, or use "
-                "`loss_type='dapo'`."
+                "`loss_type='dr_grpo'` divides by `max_completion_length`, got None. Set `max_completion_length`, or "
+                "use `loss_type='dapo'`."
             )
 
     def _check_one_step_per_rollout_batch(self) -> None:

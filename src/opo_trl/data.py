@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from trl import is_conversational
 
 INSTRUCTION = r"Please reason step by step, and put your final answer within \boxed{}."
@@ -50,10 +50,12 @@ def load_math_dataset(
         GSM8K's answers, else the column as text), and no other column.
 
     Raises:
-        ValueError: If a column is missing (with the columns found), the dataset is empty, or the file format is unknown.
+        ValueError: If a column is missing (with the columns found), the dataset is empty, or the file is of another
+            format.
     """
-    dataset = _load(name_or_path, split, config)
-    if len(dataset) == 0:
+    empty_file = Path(name_or_path).is_file() and Path(name_or_path).stat().st_size == 0
+    dataset = None if empty_file else _load(name_or_path, split, config)
+    if not dataset:
         raise ValueError(f"A dataset to train on needs at least one row; {name_or_path!r} has none in split {split!r}.")
     prompt_column = _find_column(dataset, name_or_path, "prompt_column", prompt_column, PROMPT_COLUMNS)
     solution_column = _find_column(dataset, name_or_path, "solution_column", solution_column, SOLUTION_COLUMNS)
@@ -92,58 +94,6 @@ def hold_out(dataset: Dataset, size: int, seed: int) -> tuple[Dataset, Dataset]:
     return parts["train"].filter(lambda row: str(row["prompt"]) not in held_out), parts["test"]
 
 
-def check_prompt_dataset(dataset: Any, name: str, prompt_optional: bool = False, prompts_needed: int = 1) -> None:
-    """
-    Refuse a dataset on which training would fail late, or succeed without a single step.
-
-    Args:
-        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
-            Dataset handed to the trainer. The length of an iterable one is unknown and is not checked.
-        name (`str`):
-            What the message calls it.
-        prompt_optional (`bool`, *optional*, defaults to `False`):
-            Whether an environment may supply the prompt.
-        prompts_needed (`int`, *optional*, defaults to `1`):
-            Prompts in one rollout batch: with fewer, TRL reports success after 0 steps.
-
-    Raises:
-        ValueError: If `prompt` is missing or there are too few rows.
-    """
-    columns = dataset.column_names if isinstance(dataset, Dataset | IterableDataset) else None
-    if columns is not None and "prompt" not in columns and not prompt_optional:
-        raise ValueError(
-            f"`{name}` must have a column `prompt`, got the columns {columns}. Rename the problem's column, or load the "
-            "dataset with opo_trl.data.load_math_dataset."
-        )
-    if isinstance(dataset, Dataset) and len(dataset) < prompts_needed:
-        raise ValueError(
-            f"`{name}` must have at least {prompts_needed} row(s), the prompts of one rollout batch, got {len(dataset)}. "
-            "Add prompts, or lower per_device_train_batch_size or gradient_accumulation_steps, or raise num_generations."
-        )
-
-
-def check_tokenizer(dataset: Any, processing_class: Any) -> None:
-    """
-    Refuse a tokenizer that cannot render or pad the prompts of `dataset`.
-
-    Raises:
-        ValueError: If prompts are messages and there is no chat template, or there is neither a pad nor an eos token.
-    """
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    if tokenizer.pad_token is None and tokenizer.eos_token is None:
-        raise ValueError(
-            f"The tokenizer {tokenizer.name_or_path!r} must have a pad or an eos token, got neither. Set "
-            "tokenizer.eos_token and pass the tokenizer as `processing_class`."
-        )
-    if isinstance(dataset, Dataset) and "prompt" in dataset.column_names and is_conversational(dataset[0]):
-        if not processing_class.chat_template:
-            raise ValueError(
-                f"Prompts are messages, so the tokenizer must have a chat template; {tokenizer.name_or_path!r} has none. "
-                "Set tokenizer.chat_template and pass the tokenizer as `processing_class`, or use plain-text prompts "
-                "(opo_trl.data.to_plain_text)."
-            )
-
-
 def to_plain_text(dataset: Dataset) -> Dataset:
     """Turn message prompts into plain text, one message a line, for a base model without a chat template."""
 
@@ -165,9 +115,7 @@ def _load(name_or_path: str, split: str, config: str | None) -> Dataset:
     return load_dataset(name_or_path, name=config, split=split)
 
 
-def _find_column(
-    dataset: Dataset, name_or_path: str, argument: str, column: str | None, known: tuple[str, ...]
-) -> str:
+def _find_column(dataset: Dataset, name_or_path: str, argument: str, column: str | None, known: tuple[str, ...]) -> str:
     candidates = known if column is None else (column,)
     for candidate in candidates:
         if candidate in dataset.column_names:

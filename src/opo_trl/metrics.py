@@ -27,7 +27,7 @@ def rollout_metrics(
           completions are the worse ones.
         - `opo/length_reward_correlation`: Pearson correlation of length and reward *within* groups, from deviations
           from each group's means, pooled.
-        - `opo/informative_fraction`: share of completions with an advantage other than 0, the ones that move the policy.
+        - `opo/informative_fraction`: share of completions whose advantage is not 0, the ones that move the policy.
         - `opo/unscorable_fraction`: share of completions for which no reward function returned a number.
         - `opo/variance_proxy`: `1 - sum_i l_i (r_i - b*)^2 / sum_i l_i (r_i - mean)^2`, the share of gradient variance
           that the theory predicts b* to save over the plain mean. At least 0 by construction with

@@ -8,13 +8,13 @@ import torch
 from accelerate.utils import gather
 from datasets import Dataset, IterableDataset
 from torch import nn
-from transformers import AutoProcessor, ProcessorMixin
+from transformers import AutoProcessor, PreTrainedConfig, ProcessorMixin
 from trl import GRPOTrainer
 
 from .baselines import opo_advantages
 from .config import OPOConfig
-from .data import check_prompt_dataset, check_tokenizer
 from .metrics import rollout_metrics
+from .preflight import check_prompts, check_tokenizer
 from .sampler import law_changes
 
 
@@ -66,6 +66,10 @@ class OPOTrainer(GRPOTrainer):
             all ranks alike, if a reward is infinite.
     """
 
+    args: OPOConfig
+    model: Any
+    _logs: dict[str, Any]
+
     _tag_names = ["trl", "opo"]
     _name = "OPO"
     _paper = {
@@ -102,9 +106,9 @@ class OPOTrainer(GRPOTrainer):
         args.check_contract()
         if train_dataset is not None:
             prompts_per_step = args.generation_batch_size // args.num_generations
-            check_prompt_dataset(train_dataset, "train_dataset", "environment_factory" in kwargs, prompts_per_step)
+            check_prompts(train_dataset, "train_dataset", "environment_factory" in kwargs, prompts_per_step)
         for name, dataset in _by_name(eval_dataset).items():
-            check_prompt_dataset(dataset, name, "environment_factory" in kwargs)
+            check_prompts(dataset, name, "environment_factory" in kwargs)
         if processing_class is None and isinstance(model, str):
             # The parent would load it after the model; loaded first, its faults show before anything expensive.
             processing_class = AutoProcessor.from_pretrained(
@@ -115,9 +119,7 @@ class OPOTrainer(GRPOTrainer):
                 trust_remote_code=args.trust_remote_code,
             )
         check_tokenizer(train_dataset, processing_class)
-        super().__init__(
-            model, reward_funcs, args, train_dataset, eval_dataset, processing_class, *rest, **kwargs
-        )
+        super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, *rest, **kwargs)
         _disable_dropout(self.model)
         self._check_sampler()
         self._entropy_stats = torch.zeros(2, device=self.accelerator.device)  # sum over tokens, number of tokens
@@ -129,7 +131,7 @@ class OPOTrainer(GRPOTrainer):
         return super().train(*args, **kwargs)
 
     def _check_sampler(self) -> None:
-        """Refuse a generation config that, merged as the backend merges it, samples from another law than the policy."""
+        """Refuse a generation config that, merged as the backend merges it, samples from another law."""
         if self.rollout_func is not None or self.use_vllm:
             return  # a rollout function samples by itself; vLLM is handed every setting, and OPOConfig has judged them
         if self.use_transformers_continuous_batching:
@@ -137,9 +139,9 @@ class OPOTrainer(GRPOTrainer):
         else:
             merged, _ = self.model._prepare_generation_config(self.generation_config)
         settings = merged.to_dict()
-        if isinstance(self.processing_class, ProcessorMixin):
-            if settings["suppress_tokens"] == [self.model.config.image_token_id]:
-                del settings["suppress_tokens"]  # set by TRL: an image token cannot be part of a completion
+        image_token = getattr(self.model.config, "image_token_id", None)
+        if isinstance(self.processing_class, ProcessorMixin) and settings["suppress_tokens"] == [image_token]:
+            del settings["suppress_tokens"]  # set by TRL: an image token cannot be part of a completion
         changed = law_changes(settings)
         if settings["temperature"] != self.temperature:
             changed.append("temperature")
@@ -157,9 +159,9 @@ class OPOTrainer(GRPOTrainer):
         if infinite:  # every rank sees the same gathered rewards, so all of them stop here together
             row, func = infinite[0]
             raise ValueError(
-                f"Rewards must be finite: '{self.reward_func_names[func]}' returned {rewards_per_func[row, func].item()} "
-                f"for row {row} of the rollout batch ({len(infinite)} infinite rewards in all). Return None for a "
-                "completion that cannot be scored."
+                f"Rewards must be finite: '{self.reward_func_names[func]}' returned "
+                f"{rewards_per_func[row, func].item()} for row {row} of the rollout batch ({len(infinite)} infinite "
+                "rewards in all). Return None for a completion that cannot be scored."
             )
         self._rewards_per_func = rewards_per_func
         return rewards_per_func
@@ -210,8 +212,8 @@ class OPOTrainer(GRPOTrainer):
             **{name: inputs[name] for name in _forward_arguments() & inputs.keys()},
         )  # (B, C), (B, C), scalar
 
-        # REINFORCE, A * log pi, in the form whose value is A: exp(x - x.detach()) is 1 and its gradient is that of x. So
-        # the logged loss is the sum of l_i A_i, 0 by construction, and any other value tells of a mistake.
+        # REINFORCE, A * log pi, in the form whose value is A: exp(x - x.detach()) is 1 and its gradient is that of x.
+        # So the logged loss is the sum of l_i A_i, 0 by construction, and any other value tells of a mistake.
         per_token_objective = inputs["advantages"].unsqueeze(1) * torch.exp(logps - logps.detach())  # (B, C)
         if "importance_sampling_ratio" in inputs:  # vLLM's mismatch with the trained model, a constant weight
             per_token_objective = per_token_objective * inputs["importance_sampling_ratio"]
@@ -226,7 +228,7 @@ class OPOTrainer(GRPOTrainer):
         return loss
 
     def _log_entropy(self, mode: str, entropies: torch.Tensor, loss_mask: torch.Tensor) -> None:
-        """Log the mean entropy of all trainable tokens of the step, in nats: one sum and one count over micro-batches."""
+        """Log the mean entropy of the step's trainable tokens, in nats: one sum and one count over micro-batches."""
         self._entropy_stats += torch.stack([(entropies * loss_mask).sum(), loss_mask.sum()])
         if mode == "eval" or self.accelerator.sync_gradients:  # the last micro-batch of the step
             total, tokens = self.accelerator.reduce(self._entropy_stats, reduction="sum").tolist()
@@ -261,7 +263,9 @@ def _disable_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
-        for owner in (module, getattr(module, "config", None)):
-            for name, value in vars(owner).items() if hasattr(owner, "__dict__") else ():
-                if isinstance(value, float) and ("drop" in name or "jitter" in name):
+        config = getattr(module, "config", None)
+        for owner in (module, config) if isinstance(config, PreTrainedConfig) else (module,):
+            rates = [name for name in vars(owner) if "drop" in name or "jitter" in name]
+            for name in rates:
+                if isinstance(getattr(owner, name), float):
                     setattr(owner, name, 0.0)

@@ -1,0 +1,49 @@
+# Every target sets itself up: the first run makes .venv with the tested versions, later runs re-use it.
+#
+#   make train     train the tiny policy on arithmetic with OPO, and plot what happened
+#   make test      the quick tests
+#   make test-slow the slow ones
+#   make check     ruff and mypy
+#   make format    let ruff rewrite what it can
+
+PYTHON ?= python3
+TORCH ?= torch
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.PHONY: train test test-slow check format setup clean
+
+train: $(READY)
+	PYTHONWARNINGS=ignore::FutureWarning $(BIN)/accelerate launch \
+		--config_file examples/accelerate_configs/cpu.yaml examples/train_math.py
+
+test: $(READY)
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+setup: $(READY)
+
+# torch goes first and alone: asked for by another package, pip would take the newest one instead of the tested one.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), 'Python 3.11 or newer is needed, this is ' + sys.version"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(TORCH)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[wandb,plot,dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) outputs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,145 @@
+"""What a person wants to see of a run: a line per logging step, pass@1 before and after, the curves."""
+
+import json
+import subprocess
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+from opo_trl.evaluation import bootstrap_interval
+from opo_trl.evaluation.sampling import sample_completions
+from opo_trl.rewards import math_verify_reward
+
+COLUMNS = {  # metric -> heading
+    "reward": "reward",
+    "completions/mean_length": "length",
+    "entropy": "entropy",
+    "grad_norm": "grad_norm",
+    "opo/baseline_minus_mean": "b*-mean",
+    "opo/informative_fraction": "informative",
+}
+
+
+class ConsoleProgress(TrainerCallback):
+    """One line per logging step, in place of the dictionaries that Trainer prints."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.start, self.first_step = time.perf_counter(), state.global_step
+        if state.is_world_process_zero:
+            print(f"{'step':>11}  " + "".join(f"{name:>12}" for name in COLUMNS.values()) + f"{'left':>8}", flush=True)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or logs is None:
+            return
+        if "reward" in logs:
+            done = state.global_step - self.first_step
+            left = (time.perf_counter() - self.start) / max(done, 1) * (state.max_steps - state.global_step)
+            values = "".join(f"{_number(logs.get(name)):>12}" for name in COLUMNS)
+            print(f"{state.global_step:5d}/{state.max_steps:<5d}  {values}{left:7.0f}s", flush=True)
+        elif "eval_reward" in logs:
+            print(
+                f"{state.global_step:5d}/{state.max_steps:<5d}  held-out reward {logs['eval_reward']:.3f}", flush=True
+            )
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, int | float) else "-"
+
+
+def measure(
+    model_path: str, problems: Dataset, *, num_samples: int, max_new_tokens: int, temperature: float, seed: int
+) -> dict[str, Any]:
+    """Load a saved policy and measure its pass@1 on `problems`, with a 95 % bootstrap interval over problems."""
+    tokenizer = AutoTokenizer.from_pretrained(model_path, padding_side="left")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype="auto")
+    if torch.cuda.is_available():
+        model = model.to("cuda")
+    sampled = sample_completions(
+        model,
+        tokenizer,
+        list(problems["prompt"]),
+        num_samples=num_samples,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+    )
+    per_problem = []
+    for completions, solution in zip(sampled, problems["solution"], strict=True):
+        rewards = math_verify_reward([completion.text for completion in completions], [solution] * num_samples)
+        per_problem.append(sum(reward or 0.0 for reward in rewards) / num_samples)
+    lengths = [completion.num_tokens for completions in sampled for completion in completions]
+    return {
+        "pass@1": sum(per_problem) / len(per_problem),
+        "interval": bootstrap_interval(per_problem),
+        "mean_length": sum(lengths) / len(lengths),
+    }
+
+
+def write_summary(
+    output_dir: str, before: dict[str, Any], after: dict[str, Any], history: Sequence[dict[str, Any]], **run: Any
+) -> dict[str, Any]:
+    """Write `summary.json`, and `curves.png` where matplotlib is installed; return the summary."""
+    summary = {
+        "pass@1_before": before["pass@1"],
+        "pass@1_before_interval": list(before["interval"]),
+        "pass@1_after": after["pass@1"],
+        "pass@1_after_interval": list(after["interval"]),
+        "mean_length_before": before["mean_length"],
+        "mean_length_after": after["mean_length"],
+        **run,
+        "commit": _commit(),
+        "versions": {name: version(name) for name in ("opo-trl", "trl", "transformers", "torch")},
+    }
+    path = Path(output_dir)
+    (path / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    plot_curves(path / "curves.png", history, before, after)
+    return summary
+
+
+def plot_curves(path: Path, history: Sequence[dict[str, Any]], before: dict[str, Any], after: dict[str, Any]) -> None:
+    """Draw reward, length, entropy and held-out pass@1 over steps."""
+    try:
+        import matplotlib
+    except ImportError:
+        print(f"{path.name} not drawn: matplotlib is not installed (pip install 'opo-trl[plot]').")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(2, 2, figsize=(9, 6), sharex=True, layout="constrained")
+    panels = [
+        ("reward", "training reward"),
+        ("completions/mean_length", "mean completion length (tokens)"),
+        ("entropy", "entropy per token (nats)"),
+        ("eval_reward", "held-out pass@1"),
+    ]
+    for axis, (name, title) in zip(axes.flat, panels, strict=True):
+        points = [(entry["step"], entry[name]) for entry in history if entry.get(name) is not None]
+        axis.plot(*zip(*points, strict=True), marker="o" if name == "eval_reward" else None, ms=3, color="#1f5c99")
+        axis.set_title(title, fontsize=10, loc="left")
+        axis.grid(alpha=0.3)
+    last_step = max(entry["step"] for entry in history)
+    for step, result in ((0, before), (last_step, after)):
+        low, high = result["interval"]
+        error = [[result["pass@1"] - low], [high - result["pass@1"]]]
+        axes[1, 1].errorbar(step, result["pass@1"], error, fmt="s", ms=5, capsize=3, color="#b3441e", zorder=3)
+    for axis in axes[1]:
+        axis.set_xlabel("optimizer step")
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
+
+
+def _commit() -> str | None:
+    """Commit of the working tree, or `None` outside a repository."""
+    result = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return result.stdout.strip() or None

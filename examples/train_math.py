@@ -1,0 +1,238 @@
+"""
+Train a causal language model on math problems with OPO.
+
+With no arguments it trains the tiny policy of this repository on generated arithmetic, on a CPU, in a few minutes
+(held-out pass@1 rises from about 0.45 to about 0.8):
+
+    accelerate launch examples/train_math.py
+
+A real model on GSM8K, on one GPU:
+
+    accelerate launch examples/train_math.py \
+        --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct \
+        --dataset_name openai/gsm8k --dataset_config main \
+        --output_dir outputs/gsm8k --per_device_train_batch_size 8 --gradient_accumulation_steps 8 \
+        --learning_rate 1e-6 --max_completion_length 512 --eval_strategy steps --eval_steps 50 \
+        --num_eval_problems 256 --report_to wandb --push_to_hub
+
+Add `--use_peft` for LoRA, `--config file.yaml` to read arguments from a file (the command line wins), and
+`--resume_from_checkpoint true` to go on from the last checkpoint in `--output_dir`.
+"""
+
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+START = time.perf_counter()
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+from accelerate import PartialState
+from datasets import Dataset, disable_progress_bars
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback
+from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
+
+from arithmetic import load_arithmetic
+from opo_trl import OPOConfig, OPOTrainer
+from opo_trl.data import INSTRUCTION, hold_out, load_math_dataset, to_plain_text
+from opo_trl.rewards import math_verify_reward
+from reporting import ConsoleProgress, measure, write_summary
+
+QUICKSTART = HERE / "configs" / "quickstart.yaml"
+EMBEDDED_DATASET, EMBEDDED_MODEL = "arithmetic", "tiny_policy"
+
+
+@dataclass
+class MathScriptArguments(ScriptArguments):
+    """
+    Arguments of this script, besides those of TRL's scripts.
+
+    Args:
+        dataset_name (`str`):
+            Name on the Hub; a local .json, .jsonl, .parquet or .csv file; a saved dataset; or `arithmetic`, generated.
+        prompt_column (`str`, *optional*):
+            Column of the problem; by default the first of `problem`, `question` and `prompt` that exists.
+        solution_column (`str`, *optional*):
+            Column of the answer; by default the first of `answer` and `solution`. GSM8K's `####` is understood.
+        instruction (`str`, *optional*):
+            Line added to each problem; an empty string adds nothing.
+        system_prompt (`str`, *optional*):
+            System message put before each problem.
+        eval_dataset_name (`str`, *optional*):
+            Where held-out problems come from; by default the split `dataset_test_split` of `dataset_name`, and for a
+            local file problems held out of the training ones.
+        num_train_problems (`int`, *optional*):
+            Use only so many problems for training.
+        num_eval_problems (`int`, *optional*, defaults to `512`):
+            Number of held-out problems.
+        report (`bool`, *optional*, defaults to `False`):
+            Measure held-out pass@1 before training and on the checkpoint loaded back, and write summary.json and
+            curves.png. One process holds the whole model for it.
+        report_samples (`int`, *optional*, defaults to `4`):
+            Completions per held-out problem in these two measurements.
+    """
+
+    prompt_column: str | None = field(default=None, metadata={"help": "Column of the problem."})
+    solution_column: str | None = field(default=None, metadata={"help": "Column of the answer."})
+    instruction: str = field(default=INSTRUCTION, metadata={"help": "Line added to each problem; '' adds nothing."})
+    system_prompt: str | None = field(default=None, metadata={"help": "System message put before each problem."})
+    eval_dataset_name: str | None = field(default=None, metadata={"help": "Where held-out problems come from."})
+    num_train_problems: int | None = field(default=None, metadata={"help": "Train on only so many problems."})
+    num_eval_problems: int = field(default=512, metadata={"help": "Number of held-out problems."})
+    report: bool = field(default=False, metadata={"help": "Measure pass@1 before and after; write summary and plot."})
+    report_samples: int = field(default=4, metadata={"help": "Completions per held-out problem in these."})
+
+
+def load_problems(script_args: MathScriptArguments, seed: int, with_eval: bool) -> tuple[Dataset, Dataset | None]:
+    """Load the problems to train on and, if asked for, the held-out ones: columns `prompt` and `solution`."""
+    name, eval_size = script_args.dataset_name, script_args.num_eval_problems
+    if name is None:
+        raise ValueError(
+            "--dataset_name must name the problems to train on, got nothing. Pass a Hub name or a local file, or run "
+            "without any argument for the quickstart."
+        )
+    if name == EMBEDDED_DATASET:
+        columns = {"problem": "prompt", "answer": "solution"}
+        splits = (("train", script_args.num_train_problems or 8_000), ("test", eval_size))
+        train, held_out = (
+            load_arithmetic(split, size).remove_columns("steps").rename_columns(columns) for split, size in splits
+        )
+        return train, held_out if with_eval else None
+
+    def load(source: str, split: str) -> Dataset:
+        return load_math_dataset(
+            source,
+            split,
+            config=script_args.dataset_config,
+            prompt_column=script_args.prompt_column,
+            solution_column=script_args.solution_column,
+            instruction=script_args.instruction,
+            system_prompt=script_args.system_prompt,
+        )
+
+    train, held_out = load(name, script_args.dataset_train_split), None
+    if with_eval:
+        other = script_args.eval_dataset_name
+        if other is not None:
+            held_out = load(other, "train" if Path(other).is_file() else script_args.dataset_test_split)
+        elif not Path(name).is_file():
+            held_out = load(name, script_args.dataset_test_split)
+        if held_out is None:
+            train, held_out = hold_out(train, eval_size, seed)
+        else:
+            held_out = held_out.select(range(min(eval_size, len(held_out))))
+    if script_args.num_train_problems is not None:
+        train = train.shuffle(seed=seed).select(range(min(script_args.num_train_problems, len(train))))
+    return train, held_out
+
+
+def load_tokenizer(model_name: str, revision: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """Load the tokenizer ahead of the model, as the trainer would, to know whether it has a chat template."""
+    return AutoTokenizer.from_pretrained(
+        model_name,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        padding_side="left",
+        truncation_side="left",
+    )
+
+
+def main(arguments: list[str] | None = None) -> dict | None:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = TrlParser((MathScriptArguments, OPOConfig, ModelConfig))
+    script_args, training_args, model_args = parser.parse_args_and_config(arguments or ["--config", str(QUICKSTART)])
+    disable_progress_bars()
+    state = PartialState()
+
+    # Problems and tokenizer come first: their faults show before a model loads.
+    with_eval = training_args.eval_strategy != "no" or script_args.report
+    train_dataset, eval_dataset = load_problems(script_args, training_args.seed, with_eval)
+    model_name = model_args.model_name_or_path
+    if model_name is None:
+        raise ValueError(
+            "--model_name_or_path must name a causal language model, got nothing. Pass a Hub name or a directory, or "
+            "run without any argument for the quickstart."
+        )
+    if model_name == EMBEDDED_MODEL:
+        model_name = str(HERE / EMBEDDED_MODEL)
+    tokenizer = load_tokenizer(model_name, model_args.model_revision, training_args.trust_remote_code)
+    if not tokenizer.chat_template and not isinstance(train_dataset[0]["prompt"], str):
+        train_dataset = to_plain_text(train_dataset)
+        eval_dataset = eval_dataset and to_plain_text(eval_dataset)
+    state.print(
+        f"{len(train_dataset)} problems to train on, {len(eval_dataset) if eval_dataset else 0} held out, "
+        f"{training_args.generation_batch_size // training_args.num_generations} x {training_args.num_generations} "
+        "completions per step"
+    )
+
+    settings = {
+        "num_samples": script_args.report_samples,
+        "max_new_tokens": training_args.max_completion_length,
+        "temperature": training_args.temperature,
+        "seed": training_args.seed,
+    }
+    before = None
+    if script_args.report and state.is_main_process:
+        before = measure(model_name, eval_dataset, **settings)
+        print(
+            f"pass@1 before: {before['pass@1']:.3f} (95 % interval {before['interval'][0]:.3f} to "
+            f"{before['interval'][1]:.3f}), mean length {before['mean_length']:.1f} tokens",
+            flush=True,
+        )
+    state.wait_for_everyone()
+
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(training_args.model_init_kwargs or {}),
+    }
+    trainer = OPOTrainer(
+        model=model_name,
+        reward_funcs=math_verify_reward,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset if training_args.eval_strategy != "no" else None,
+        processing_class=tokenizer,
+        quantization_config=get_quantization_config(model_args),
+        peft_config=get_peft_config(model_args),
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(ConsoleProgress)
+
+    checkpoint = training_args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if str(checkpoint).lower() == "true" else checkpoint)
+    trainer.save_model(training_args.output_dir)
+    trainer.accelerator.print(f"model saved to {training_args.output_dir}")
+
+    summary = None
+    if before is not None:
+        after = measure(training_args.output_dir, eval_dataset, **settings)
+        summary = write_summary(
+            training_args.output_dir,
+            before,
+            after,
+            trainer.state.log_history,
+            n=len(eval_dataset),
+            samples_per_problem=script_args.report_samples,
+            steps=trainer.state.global_step,
+            seconds=round(time.perf_counter() - START, 1),
+            seed=training_args.seed,
+        )
+        print(
+            f"pass@1 after:  {after['pass@1']:.3f} (95 % interval {after['interval'][0]:.3f} to "
+            f"{after['interval'][1]:.3f}), mean length {after['mean_length']:.1f} tokens\n"
+            f"summary.json and curves.png are in {training_args.output_dir}",
+            flush=True,
+        )
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        trainer.accelerator.print(f"pushed to https://huggingface.co/{trainer.hub_model_id}")
+    trainer.end()
+    return summary
+
+
+if __name__ == "__main__":
+    main()

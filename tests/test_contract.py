@@ -1,0 +1,179 @@
+"""
+Each private name of TRL that the trainer stands on, one test a name.
+
+When TRL moves, the test that fails names the seam: read the parent's new code there, then the override in
+`opo_trl/trainer.py`. Nothing else in the package may touch these names (`test_only_the_trainer_touches_trls_insides`).
+"""
+
+import inspect
+import re
+from collections import deque
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig, TrainingArguments
+from trl import GRPOConfig, GRPOTrainer
+
+import opo_trl
+from opo_trl import OPOTrainer
+from opo_trl.config import _CONTRACT
+from tiny import GROUP_SIZE, scripted_trainer
+
+
+def parameters(function):
+    return list(inspect.signature(function).parameters)
+
+
+def test_constructor():
+    names = ["self", "model", "reward_funcs", "args", "train_dataset", "eval_dataset", "processing_class"]
+    assert parameters(GRPOTrainer.__init__)[:7] == names
+    assert parameters(OPOTrainer.__init__)[:7] == names
+    assert {"environment_factory", "rollout_func", "peft_config", "tools"} <= set(parameters(GRPOTrainer.__init__))
+
+
+def test_class_attributes():
+    assert GRPOTrainer.loss_is_scaled_for_ga is True, "else Trainer divides our loss by the accumulation steps again"
+    assert set(GRPOTrainer._paper) == {"title", "id", "citation"} == set(OPOTrainer._paper)
+    assert isinstance(GRPOTrainer._name, str)
+    assert isinstance(GRPOTrainer._tag_names, list)
+
+
+def test_calculate_rewards(tmp_path, monkeypatch):
+    """Called with this batch's rows, returns every rank's rewards: (N, number of functions), NaN for None."""
+    assert parameters(GRPOTrainer._calculate_rewards)[1:] == [
+        "inputs",
+        "prompts",
+        "completions",
+        "completion_ids_list",
+    ]
+    trainer = scripted_trainer(tmp_path, per_device_train_batch_size=24)
+    trainer.train()
+    assert trainer._rewards_per_func.shape == (24, 1)
+    assert torch.isnan(trainer._rewards_per_func).sum() == 4
+
+
+def test_generate_and_score_completions(tmp_path, monkeypatch):
+    assert parameters(GRPOTrainer._generate_and_score_completions) == ["self", "inputs"]
+    seen = []
+    original = GRPOTrainer._generate_and_score_completions
+    monkeypatch.setattr(
+        GRPOTrainer,
+        "_generate_and_score_completions",
+        lambda self, inputs: seen.append(original(self, inputs)) or seen[0],
+    )
+    scripted_trainer(tmp_path).train()
+    output = seen[0]
+    required = {"prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages", "num_items_in_batch"}
+    assert required <= output.keys()
+    assert "old_per_token_logps" not in output, "aligned generation must need no second forward"
+    assert output["advantages"].shape == (8,)
+    assert output["completion_mask"].shape == output["completion_ids"].shape
+
+
+def test_prepare_inputs_keeps_extra_entries_of_the_batch(tmp_path):
+    """`loss_normalizer`, a scalar, must reach every micro-batch."""
+    seen = []
+
+    class Recording(OPOTrainer):
+        def _compute_loss(self, model, inputs):
+            seen.append(inputs["loss_normalizer"].item())
+            return super()._compute_loss(model, inputs)
+
+    trainer = scripted_trainer(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    trainer.__class__ = Recording
+    trainer.train()
+    assert len(seen) == 4
+    assert len(set(seen)) == 1
+
+
+def test_compute_loss():
+    assert parameters(GRPOTrainer._compute_loss) == ["self", "model", "inputs"]
+
+
+def test_get_per_token_logps_and_entropies(tmp_path):
+    names = parameters(GRPOTrainer._get_per_token_logps_and_entropies)
+    assert names[1:5] == ["model", "input_ids", "attention_mask", "logits_to_keep"]
+    assert {"compute_entropy", "compute_aux_loss", "pixel_values", "num_images"} <= set(names)
+    trainer = scripted_trainer(tmp_path)
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    logps, entropies, aux_loss = trainer._get_per_token_logps_and_entropies(
+        trainer.model, ids, torch.ones_like(ids), logits_to_keep=3, compute_entropy=True, compute_aux_loss=False
+    )
+    full = trainer.model(ids).logits[0, 1:-1].log_softmax(dim=-1)
+    assert torch.allclose(logps[0], full[torch.arange(3), ids[0, 2:]], atol=1e-5)
+    assert torch.allclose(entropies[0], -(full.exp() * full).sum(dim=-1), atol=1e-5)
+    assert aux_loss is None
+
+
+def test_metrics_and_logs(tmp_path):
+    trainer = scripted_trainer(tmp_path)
+    assert set(trainer._metrics) == {"train", "eval"}
+    assert trainer._metrics["train"]["new"] == []
+    assert isinstance(trainer._logs["advantages"], deque)
+
+
+def test_attributes_that_the_parent_sets(tmp_path):
+    trainer = scripted_trainer(tmp_path, temperature=0.6)
+    assert trainer.num_generations == trainer.num_generations_eval == GROUP_SIZE
+    assert (trainer.loss_type, trainer.max_completion_length, trainer.temperature) == ("dapo", 32, 0.6)
+    assert trainer.reward_func_names == ["scripted_reward"]
+    assert trainer.reward_weights.tolist() == [1.0]
+    assert (trainer.use_vllm, trainer.use_transformers_continuous_batching) == (False, False)
+    assert trainer.rollout_func is not None
+    assert trainer.aux_loss_enabled is False
+    assert trainer.router_aux_loss_coef == 0.0
+
+
+def test_generation_config_is_merged_as_generate_merges_it(tmp_path):
+    """`_prepare_generation_config` is transformers' own; it fills what TRL left None from the model's config."""
+    trainer = scripted_trainer(tmp_path, rollout=None)
+    assert isinstance(trainer.generation_config, GenerationConfig)
+    trainer.model.generation_config.typical_p = 0.4
+    merged, _ = trainer.model._prepare_generation_config(trainer.generation_config)
+    assert (merged.typical_p, merged.do_sample, merged.top_k) == (0.4, True, 0)
+
+
+def test_accumulation_is_counted_by_the_parent(tmp_path):
+    trainer = scripted_trainer(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    trainer.train()
+    assert trainer.current_gradient_accumulation_steps == 4
+    assert trainer.accelerator.sync_gradients is True
+
+
+# Fields of GRPOConfig that cannot contradict OPO, or that `OPOConfig.check_contract` judges apart from its table.
+JUDGED_APART = {"generation_batch_size", "generation_kwargs", "steps_per_generation", "temperature"}
+HARMLESS = {
+    "cast_lm_head_to_fp32", "chat_template_kwargs", "ds3_gather_for_generation", "log_completions",
+    "log_completions_hub_repo", "log_multimodal", "log_unique_prompts", "mask_truncated_completions",
+    "max_completion_length", "max_tool_calling_iterations", "model_init_kwargs", "num_completions_to_print",
+    "num_generations", "num_generations_eval", "pad_to_multiple_of", "reward_weights", "router_aux_loss_coef",
+    "shuffle_dataset", "transformers_continuous_batching_config", "trust_remote_code",
+    "use_transformers_continuous_batching", "use_transformers_paged", "use_vllm",
+    # shape what is refused: the KL term, the reference model, the entropy bonus, other loss types
+    "entropy_coef_delta", "entropy_coef_max", "entropy_coef_min", "entropy_target", "ref_model_mixup_alpha",
+    "ref_model_sync_steps", "use_bias_correction_kl", "sapo_temperature_neg", "sapo_temperature_pos", "vespo_k_neg",
+    "vespo_k_pos", "vespo_lambda_neg", "vespo_lambda_pos",
+    # where vLLM runs, and the bounds of the token-level correction of its mismatch
+    "vllm_enable_sleep_mode", "vllm_gpu_memory_utilization", "vllm_group_port", "vllm_max_model_length", "vllm_mode",
+    "vllm_model_impl", "vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout",
+    "vllm_tensor_parallel_size", "vllm_importance_sampling_correction", "vllm_importance_sampling_clip_max",
+    "vllm_importance_sampling_clip_min", "vllm_importance_sampling_cap",
+}  # fmt: skip
+
+
+def test_every_field_of_the_installed_grpo_config_is_judged():
+    """A release that adds a field fails here, by name, before the field can make OPO something else unseen."""
+    fields = set(GRPOConfig.__dataclass_fields__) - set(TrainingArguments.__dataclass_fields__)
+    judged = {rule.field for rule in _CONTRACT}
+    assert judged <= set(GRPOConfig.__dataclass_fields__)
+    assert fields - judged - JUDGED_APART - HARMLESS == set()
+    assert not judged & (JUDGED_APART | HARMLESS)
+
+
+def test_only_the_trainer_touches_trls_insides():
+    for path in Path(opo_trl.__file__).parent.rglob("*.py"):
+        source = path.read_text()
+        assert "trl.experimental" not in source
+        assert "trl.trainer" not in source, f"{path.name}: import from trl's public names"
+        if path.name != "trainer.py":
+            assert not re.search(r"super\(\)\._(?!_)|trainer\._|self\._(metrics|logs)", source), path.name

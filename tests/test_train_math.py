@@ -1,0 +1,145 @@
+"""`examples/train_math.py` as people run it: any model directory, any columns, saved and resumed; clear refusals."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import train_math
+
+EXAMPLES = Path(train_math.__file__).parent
+QUICK = [
+    "--use_cpu", "--bf16", "false", "--report_to", "none", "--max_completion_length", "4", "--num_generations", "2",
+    "--per_device_train_batch_size", "4", "--logging_steps", "1", "--max_steps", "2", "--learning_rate", "1e-3",
+]  # fmt: skip
+
+
+@pytest.fixture
+def gsm8k(tmp_path):
+    """A file with GSM8K's columns."""
+    path = tmp_path / "gsm8k.jsonl"
+    rows = [{"question": f"What is {n}+{n}?", "answer": f"It is {2 * n}.\n#### {2 * n}"} for n in range(12)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def run(*arguments):
+    return train_math.main([*QUICK, *map(str, arguments)])
+
+
+@pytest.mark.parametrize("kind", ["chat_model_dir", "base_model_dir"])
+def test_any_model_directory_trains_saves_and_resumes(tmp_path, request, gsm8k, kind, capsys):
+    """With its own pad token and chat template, and with neither."""
+    model, output = request.getfixturevalue(kind), tmp_path / "out"
+    common = ("--model_name_or_path", model, "--dataset_name", gsm8k, "--output_dir", output)
+    run(*common, "--save_steps", 1, "--eval_strategy", "steps", "--eval_steps", 1, "--num_eval_problems", 4,
+        "--num_generations_eval", 1, "--per_device_eval_batch_size", 4)  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "8 problems to train on, 4 held out, 2 x 2 completions per step" in printed
+    assert "2/2 " in printed
+    assert "held-out reward" in printed
+    state = json.loads((output / "checkpoint-2" / "trainer_state.json").read_text())
+    assert state["global_step"] == 2
+    run(*common, "--max_steps", 3, "--save_steps", 1, "--resume_from_checkpoint", "true")
+    assert json.loads((output / "checkpoint-3" / "trainer_state.json").read_text())["global_step"] == 3
+    AutoModelForCausalLM.from_pretrained(output)
+    AutoTokenizer.from_pretrained(output)
+
+
+def test_lora(tmp_path, chat_model_dir, gsm8k):
+    output = tmp_path / "out"
+    run("--model_name_or_path", chat_model_dir, "--dataset_name", gsm8k, "--output_dir", output, "--use_peft")
+    assert (output / "adapter_config.json").is_file()
+    assert not (output / "model.safetensors").exists()
+
+
+def test_a_report_measures_the_checkpoint_loaded_back(tmp_path, chat_model_dir, gsm8k):
+    output = tmp_path / "out"
+    summary = run(
+        "--model_name_or_path", chat_model_dir, "--dataset_name", gsm8k, "--output_dir", output, "--report",
+        "--num_eval_problems", 4, "--report_samples", 2, "--seed", 5, "--eval_strategy", "steps", "--eval_steps", 1,
+        "--num_generations_eval", 1, "--per_device_eval_batch_size", 4,
+    )  # fmt: skip
+    assert summary == json.loads((output / "summary.json").read_text())
+    assert {
+        "pass@1_before", "pass@1_before_interval", "pass@1_after", "pass@1_after_interval", "n", "steps", "seconds",
+        "mean_length_before", "mean_length_after", "seed", "commit",
+    } <= summary.keys()  # fmt: skip
+    assert (summary["n"], summary["steps"], summary["seed"]) == (4, 2, 5)
+    assert (output / "curves.png").stat().st_size > 10_000
+
+
+def test_the_quickstart_is_what_runs_without_arguments(monkeypatch, tmp_path):
+    """Cut short: the same command path, three steps."""
+    config = {**yaml.safe_load(train_math.QUICKSTART.read_text()), "output_dir": str(tmp_path / "out"), "max_steps": 3}
+    config.update(eval_steps=3, num_eval_problems=64, report_samples=1, num_train_problems=200)
+    (tmp_path / "short.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.setattr(train_math, "QUICKSTART", tmp_path / "short.yaml")
+    monkeypatch.setattr(sys, "argv", ["train_math.py"])
+    summary = train_math.main()
+    assert 0.30 < summary["pass@1_before"] < 0.70
+    assert summary["steps"] == 3
+
+
+def test_every_config_file_parses():
+    parser = train_math.TrlParser((train_math.MathScriptArguments, train_math.OPOConfig, train_math.ModelConfig))
+    files = sorted((EXAMPLES / "configs").glob("*.yaml"))
+    assert files
+    for path in files:
+        parser.parse_args_and_config(["--config", str(path)])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dataset_name", "{gsm8k}"], "--model_name_or_path must name a causal language model"),
+        (["--model_name_or_path", "no such model"], "--dataset_name must name the problems"),
+        (["--dataset_name", "{gsm8k}", "--prompt_column", "text"], r"found \['question', 'answer'\]"),
+        (["--dataset_name", "{gsm8k}", "--epsilon", "0.2"], "`epsilon` must be None"),
+        (["--dataset_name", "{gsm8k}", "--num_generations", "3"], "divisible by num_generations"),
+        (
+            ["--dataset_name", "{gsm8k}", "--model_name_or_path", "{model}", "--per_device_train_batch_size", "64"],
+            r"at least 32 row\(s\), the prompts of one rollout batch, got 12",
+        ),
+    ],
+)
+def test_mistakes_are_named_before_a_model_loads(tmp_path, gsm8k, chat_model_dir, monkeypatch, arguments, message):
+    monkeypatch.setattr("trl.trainer.grpo_trainer.create_model_from_path", lambda *_, **__: pytest.fail("model loaded"))
+    filled = [argument.format(gsm8k=gsm8k, model=chat_model_dir) for argument in arguments]
+    with pytest.raises(ValueError, match=message):
+        run("--output_dir", tmp_path / "out", *filled)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["chat_model_dir", "base_model_dir"])
+def test_accelerate_launch_on_real_problems(tmp_path, request, shared_data, kind):
+    """The command of the documentation, in a process of its own, on GSM8K."""
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--config_file",
+        str(EXAMPLES / "accelerate_configs" / "cpu.yaml"), str(EXAMPLES / "train_math.py"), *QUICK,
+        "--model_name_or_path", str(request.getfixturevalue(kind)),
+        "--dataset_name", str(shared_data / "gsm8k_train.jsonl"), "--output_dir", str(tmp_path / "out"),
+        "--save_steps", "1",
+    ]  # fmt: skip
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf")}
+    for extra in ([], ["--resume_from_checkpoint", "true", "--max_steps", "3"]):
+        result = subprocess.run([*command, *extra], env=environment, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stderr[-3000:]
+    assert (tmp_path / "out" / "checkpoint-3").is_dir()
+    assert "7473 problems to train on" in result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("seed", "rise"), [(42, 0.20), (1, 0.15), (2, 0.15), (3, 0.15)])
+def test_the_quickstart_learns(tmp_path, seed, rise):
+    """`make train` with its own seed and three others, fixed before any of them was run."""
+    arguments = ["--config", str(train_math.QUICKSTART), "--seed", str(seed), "--output_dir", str(tmp_path)]
+    summary = train_math.main(arguments)
+    assert 0.35 <= summary["pass@1_before"] <= 0.60
+    assert summary["pass@1_after"] - summary["pass@1_before"] >= rise
+    assert summary["seconds"] < 300
