@@ -20,7 +20,9 @@ ALLOWED = {
     "config": {"sampler"},
     "data": set(),
     "preflight": set(),
-    "trainer": {"baselines", "config", "metrics", "preflight", "sampler"},
+    "microbatches": set(),
+    "step_statistics": set(),
+    "trainer": {"baselines", "config", "metrics", "microbatches", "preflight", "sampler", "step_statistics"},
     "rewards": set(),
     "evaluation": set(),
 }

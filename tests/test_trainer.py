@@ -406,17 +406,26 @@ def test_the_completions_table_shows_opos_advantages(tmp_path):
         assert advantage == pytest.approx(expected[text], abs=1e-6)
 
 
-def test_metrics_of_the_step_are_logged(tmp_path):
-    trainer = scripted_trainer(tmp_path, per_device_train_batch_size=6, gradient_accumulation_steps=4)
-    model, groups = tiny_model(), scripted_groups()
+@pytest.mark.parametrize("skip_uninformative", [True, False])
+def test_metrics_of_the_step_are_logged(tmp_path, skip_uninformative):
+    trainer = scripted_trainer(
+        tmp_path,
+        per_device_train_batch_size=6,
+        gradient_accumulation_steps=4,
+        skip_uninformative=skip_uninformative,
+    )
+    model, groups, advantages = tiny_model(), scripted_groups(), expected_advantages()
     entropies = []
     with torch.no_grad():
         for prompt, completion, _, _ in (row for group in groups for row in group):
+            if skip_uninformative and advantages[tiny_tokenizer().decode(completion[:-1])] == 0:
+                continue  # the logged entropy covers the rows that are trained
             logps = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1].log_softmax(dim=-1)
             entropies.append(-(logps.exp() * logps).sum(dim=-1))
     trainer.train()
     log = trainer.state.log_history[0]
     assert log["entropy"] == pytest.approx(torch.cat(entropies).mean().item(), rel=1e-5)
+    assert 0 < log["opo/padding_fraction"] < 0.5
     baselines = [
         oracle_baseline([math.nan if r is None else r for *_, r in g], [len(c) for _, c, _, _ in g], 1.0)
         for g in groups

@@ -76,6 +76,14 @@ class OPOConfig(GRPOConfig):
             Power of the completion length in the weights of the baseline, `b* = sum_i l_i^c r_i / sum_i l_i^c`. `1.0`
             is OPO; `0.0` is the group mean.
 
+        skip_uninformative (`bool`, *optional*, defaults to `True`):
+            Leave completions whose advantage is exactly 0 out of the forward and backward passes. They add nothing to
+            the gradient; `False` runs them all the same, so that `entropy` covers every completion.
+        rollout_importance_sampling_correction (`bool`, *optional*, defaults to `False`):
+            With a `rollout_func`: weigh each token by `exp(log pi - logprob)` with the `logprobs` that it returns. Off
+            unless asked for, since TRL demands the key and many functions fill it with zeros. Generation by vLLM
+            itself is corrected under `vllm_importance_sampling_correction`, as in [`~trl.GRPOConfig`].
+
         > Defaults that differ from [`~trl.GRPOConfig`]
 
         scale_rewards (`str`, *optional*, defaults to `"none"`):
@@ -98,6 +106,14 @@ class OPOConfig(GRPOConfig):
     length_exponent: float = field(
         default=1.0,
         metadata={"help": "Power of the length in the baseline's weights: 1 is OPO, 0 is the group mean."},
+    )
+    skip_uninformative: bool = field(
+        default=True,
+        metadata={"help": "Leave completions whose advantage is 0 out of the update: the same gradient in less time."},
+    )
+    rollout_importance_sampling_correction: bool = field(
+        default=False,
+        metadata={"help": "With a rollout_func: correct for its sampler with the logprobs that it returns."},
     )
     scale_rewards: str = field(
         default="none",

@@ -5,7 +5,7 @@ import textwrap
 from typing import Any
 
 import torch
-from accelerate.utils import gather
+from accelerate.utils import gather, is_compiled_module
 from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import AutoProcessor, PreTrainedConfig, ProcessorMixin
@@ -14,8 +14,22 @@ from trl import GRPOTrainer
 from .baselines import opo_advantages
 from .config import OPOConfig
 from .metrics import rollout_metrics
+from .microbatches import MEMORY_SHARE, MicroBatch, deal_rows, plan_microbatches
 from .preflight import check_prompts, check_tokenizer
 from .sampler import law_changes
+from .step_statistics import StepStatistics
+
+# What a rollout batch of text consists of: one row per completion, or one number for the whole batch.
+_ROW_TENSORS = (
+    "prompt_ids",
+    "prompt_mask",
+    "completion_ids",
+    "completion_mask",
+    "advantages",
+    "tool_mask",
+    "sampling_per_token_logps",
+)
+_SCALARS = ("num_items_in_batch", "loss_normalizer")
 
 
 class OPOTrainer(GRPOTrainer):
@@ -69,6 +83,7 @@ class OPOTrainer(GRPOTrainer):
     args: OPOConfig
     model: Any
     _logs: dict[str, Any]
+    vllm_importance_sampling_correction: bool
 
     _tag_names = ["trl", "opo"]
     _name = "OPO"
@@ -122,7 +137,16 @@ class OPOTrainer(GRPOTrainer):
         super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, *rest, **kwargs)
         _disable_dropout(self.model)
         self._check_sampler()
-        self._entropy_stats = torch.zeros(2, device=self.accelerator.device)  # sum over tokens, number of tokens
+        # The parent would run a whole extra forward for the old policy to correct the sampler's mismatch. On-policy the
+        # old policy is the one that the loss runs anyway, so the correction is made there and the parent's is off.
+        self._corrects_sampler = (
+            self.args.rollout_importance_sampling_correction
+            if self.rollout_func is not None
+            else self.use_vllm and self.vllm_importance_sampling_correction
+        )
+        self.vllm_importance_sampling_correction = False
+        self._rollout_batch: dict[str, Any] | None = None
+        self._statistics = StepStatistics()
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as [`~transformers.Trainer.train`] does, after one more look at the on-policy contract."""
@@ -191,7 +215,63 @@ class OPOTrainer(GRPOTrainer):
         for _ in range(min(len(logged), len(all_advantages))):
             logged.pop()
         logged.extend(all_advantages.tolist())
+        self._rollout_batch = output
         return output
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        self._rollout_batch = None
+        inputs: dict[str, Any] = super()._prepare_inputs(generation_batch)
+        if not self.model.training or self._rollout_batch is None:
+            return inputs  # evaluation, or a later micro-batch of the plan made at the step's first
+        batch, self._rollout_batch = self._rollout_batch, None
+        if self._can_regroup(batch):
+            self._buffered_inputs = self._make_micro_batches(batch)
+        self._log_padding(self._buffered_inputs)
+        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+
+    def _can_regroup(self, batch: dict[str, Any]) -> bool:
+        """Whether this batch may be cut otherwise than by the parent: only tokens, and no fixed shapes."""
+        fixed_shapes = self.args.torch_compile or is_compiled_module(self.model)
+        fixed_shapes = fixed_shapes or self.accelerator.device.type in ("xla", "neuron", "hpu")
+        # A router's auxiliary loss is a mean per micro-batch, so that regrouping would change it.
+        return not fixed_shapes and not self.aux_loss_enabled and batch.keys() <= {*_ROW_TENSORS, *_SCALARS}
+
+    def _make_micro_batches(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
+        """Deal the rollout batch's rows to the ranks and cut this rank's into the micro-batches of the step."""
+        rows = {name: batch[name] for name in _ROW_TENSORS if name in batch}
+        ranks, steps = self.accelerator.num_processes, self.args.steps_per_generation
+        rows_per_micro_batch = batch["advantages"].size(0) // steps
+        if ranks > 1:  # a rank may be dealt any row, so it needs to see them all
+            for name in rows:
+                if rows[name].ndim == 2:
+                    left = name.startswith("prompt")
+                    rows[name] = self.accelerator.pad_across_processes(rows[name], dim=1, pad_first=left)
+                rows[name] = gather(rows[name])
+        prompt_lengths, completion_lengths = rows["prompt_mask"].sum(dim=1), rows["completion_mask"].sum(dim=1)
+        learns = torch.ones_like(prompt_lengths, dtype=torch.bool)
+        if self.args.skip_uninformative:
+            learns = (rows["advantages"] != 0) & _loss_mask(rows).any(dim=1)
+        width = rows["prompt_ids"].size(1) + rows["completion_ids"].size(1)
+        hand = deal_rows((prompt_lengths + completion_lengths).cpu(), learns.cpu(), ranks)[
+            self.accelerator.process_index
+        ]
+        plan = plan_microbatches(
+            prompt_lengths.cpu()[hand],
+            completion_lengths.cpu()[hand],
+            steps,
+            largest=int(MEMORY_SHARE * rows_per_micro_batch * width),
+            pad_to_multiple_of=self.pad_to_multiple_of,
+        )
+        scalars = {name: batch[name] for name in _SCALARS if name in batch}
+        return [{**_cut(rows, hand, micro_batch), **scalars} for micro_batch in plan]
+
+    def _log_padding(self, micro_batches: list[dict[str, Any]]) -> None:
+        """Log the share of padding among the tokens that the step's forwards run on, over all ranks."""
+        padded = sum(part["prompt_mask"].numel() + part["completion_mask"].numel() for part in micro_batches)
+        real = sum(part["prompt_mask"].sum() + part["completion_mask"].sum() for part in micro_batches)
+        counts = torch.tensor([int(real), padded], dtype=torch.float64, device=self.accelerator.device)
+        real, padded = self.accelerator.reduce(counts, reduction="sum").tolist()
+        self._metrics["train"]["opo/padding_fraction"].append(1 - real / padded)
 
     def _total_rewards(self) -> torch.Tensor:  # (N,)
         """Weighted sum of the reward functions that scored each completion; NaN where none did."""
@@ -215,8 +295,8 @@ class OPOTrainer(GRPOTrainer):
         # REINFORCE, A * log pi, in the form whose value is A: exp(x - x.detach()) is 1 and its gradient is that of x.
         # So the logged loss is the sum of l_i A_i, 0 by construction, and any other value tells of a mistake.
         per_token_objective = inputs["advantages"].unsqueeze(1) * torch.exp(logps - logps.detach())  # (B, C)
-        if "importance_sampling_ratio" in inputs:  # vLLM's mismatch with the trained model, a constant weight
-            per_token_objective = per_token_objective * inputs["importance_sampling_ratio"]
+        if self._corrects_sampler and "sampling_per_token_logps" in inputs:
+            per_token_objective = per_token_objective * self._sampler_weights(logps.detach(), inputs, loss_mask)
         loss = -(per_token_objective * loss_mask).sum() / inputs["loss_normalizer"]
 
         mode = "train" if self.model.training else "eval"
@@ -224,16 +304,56 @@ class OPOTrainer(GRPOTrainer):
             micro_batches = self.current_gradient_accumulation_steps if mode == "train" else 1
             loss = loss + self.router_aux_loss_coef * aux_loss / micro_batches
             self._metrics[mode]["aux_loss"].append(self.accelerator.gather(aux_loss.detach()).mean().item())
-        self._log_entropy(mode, entropies.detach(), loss_mask)
+        self._statistics.add_mean("entropy", entropies.detach(), loss_mask)
+        if mode == "eval" or self.accelerator.sync_gradients:  # the last micro-batch of the step
+            for name, value in self._statistics.reduce(self.accelerator.gather).items():
+                self._metrics[mode][name].append(value)
         return loss
 
-    def _log_entropy(self, mode: str, entropies: torch.Tensor, loss_mask: torch.Tensor) -> None:
-        """Log the mean entropy of the step's trainable tokens, in nats: one sum and one count over micro-batches."""
-        self._entropy_stats += torch.stack([(entropies * loss_mask).sum(), loss_mask.sum()])
-        if mode == "eval" or self.accelerator.sync_gradients:  # the last micro-batch of the step
-            total, tokens = self.accelerator.reduce(self._entropy_stats, reduction="sum").tolist()
-            self._metrics[mode]["entropy"].append(total / max(tokens, 1.0))
-            self._entropy_stats = torch.zeros_like(self._entropy_stats)
+    def _sampler_weights(
+        self, logps: torch.Tensor, inputs: dict[str, Any], loss_mask: torch.Tensor
+    ) -> torch.Tensor:  # (B, C) -> (B, C)
+        """
+        Weights `pi / sampler` of each token, bounded, for a sampler whose numerics differ from the trained model's.
+
+        A log-probability that the sampler could not tell (NaN) is taken to be right: weight 1.
+        """
+        log_ratio = logps - inputs["sampling_per_token_logps"]  # (B, C)
+        known = loss_mask.bool() & ~torch.isnan(log_ratio)
+        log_ratio = torch.where(known, log_ratio, 0.0)
+        ratio = log_ratio.exp()
+        low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
+        outside = (ratio < (-torch.inf if low is None else low)) | (ratio > (torch.inf if high is None else high))
+        if self.vllm_importance_sampling_mode == "token_mask":
+            weights = ratio.masked_fill(outside, 0.0)
+        else:
+            weights = ratio if low is None and high is None else ratio.clamp(min=low, max=high)
+        add = self._statistics
+        add.add_mean("sampling/sampling_logp_difference/mean", log_ratio.abs(), known)
+        add.add_max("sampling/sampling_logp_difference/max", log_ratio.abs(), known)
+        add.add_min("sampling/importance_sampling_ratio/min", weights, loss_mask)
+        add.add_mean("sampling/importance_sampling_ratio/mean", weights, loss_mask)
+        add.add_max("sampling/importance_sampling_ratio/max", weights, loss_mask)
+        add.add_mean("sampling/importance_sampling_ratio/bounded_fraction", outside.float(), known)
+        # An unbiased, never negative estimate on the sampler's own tokens (Schulman's k3).
+        add.add_mean("sampling/kl", ratio - 1 - log_ratio, known)
+        return weights
+
+
+def _cut(rows: dict[str, Any], hand: torch.Tensor, micro_batch: MicroBatch) -> dict[str, torch.Tensor]:
+    """The tensors of one micro-batch of the plan, trimmed to its widths."""
+    chosen = hand[micro_batch.rows] if micro_batch.learns else micro_batch.rows
+    part = {}
+    for name, tensor in rows.items():
+        tensor = tensor[chosen.to(tensor.device)]
+        if name.startswith("prompt"):
+            tensor = tensor[:, -micro_batch.prompt_width :]
+        elif tensor.ndim == 2:
+            tensor = tensor[:, : micro_batch.completion_width]
+        part[name] = tensor
+    if not micro_batch.learns:  # a filler keeps the ranks in step, and must neither move the policy nor be counted
+        part["completion_mask"] = torch.zeros_like(part["completion_mask"])
+    return part
 
 
 def _loss_mask(batch: dict[str, Any]) -> torch.Tensor:  # (B, C)

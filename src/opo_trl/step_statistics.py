@@ -1,0 +1,60 @@
+"""Metrics over all micro-batches of a step, each a sum over tokens beside its count. Pure torch."""
+
+from collections.abc import Callable
+
+import torch
+
+
+class StepStatistics:
+    """
+    Gathers per-token values over the micro-batches of a step and reduces them once, over all ranks.
+
+    Micro-batches hold different numbers of tokens, and ranks different numbers of rows: a mean per micro-batch,
+    averaged afterwards, would be biased, and gathering row by row would not even have matching shapes. So a mean is one
+    sum and one count over the step, and an extreme one number a rank. Every rank must add the same names.
+    """
+
+    def __init__(self) -> None:
+        self._totals: dict[str, torch.Tensor] = {}  # name -> (2,): sum and count
+        self._maxima: dict[str, torch.Tensor] = {}  # name -> (); a minimum is the maximum of the negated values
+
+    def add_mean(self, name: str, values: torch.Tensor, mask: torch.Tensor) -> None:
+        """Add the values (B, C) where `mask` (B, C) is not 0 to the mean `name`."""
+        mask = mask.bool()
+        total = torch.stack([torch.where(mask, values, 0).double().sum(), mask.sum().double()])
+        self._totals[name] = self._totals[name] + total if name in self._totals else total
+
+    def add_max(self, name: str, values: torch.Tensor, mask: torch.Tensor) -> None:
+        """Add the values (B, C) where `mask` (B, C) is not 0 to the maximum `name`."""
+        largest = torch.where(mask.bool(), values, -torch.inf).amax().double()
+        self._maxima[name] = torch.maximum(self._maxima[name], largest) if name in self._maxima else largest
+
+    def add_min(self, name: str, values: torch.Tensor, mask: torch.Tensor) -> None:
+        """Add the values (B, C) where `mask` (B, C) is not 0 to the minimum `name`."""
+        self.add_max(f"-{name}", -values, mask)
+
+    def reduce(self, gather: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+        """
+        Return every metric over all ranks, NaN where no token was counted, and start anew.
+
+        Args:
+            gather (`Callable`):
+                Concatenates a (1, M) tensor of every rank into (W, M): one collective for all metrics.
+        """
+        totals, maxima, self._totals, self._maxima = self._totals, self._maxima, {}, {}
+        if not totals and not maxima:
+            return {}
+        local = torch.cat([*(totals[name] for name in totals), *(maxima[name].view(1) for name in maxima)])
+        ranks = gather(local.unsqueeze(0))  # (W, M)
+        sums, largest = (
+            ranks[:, : 2 * len(totals)].sum(dim=0).tolist(),
+            ranks[:, 2 * len(totals) :].amax(dim=0).tolist(),
+        )
+        metrics = {
+            name: total / count if count else float("nan")
+            for name, total, count in zip(totals, sums[::2], sums[1::2], strict=True)
+        }
+        for name, value in zip(maxima, largest, strict=True):
+            value = float("nan") if value == -float("inf") else value
+            metrics[name.removeprefix("-")] = -value if name.startswith("-") else value
+        return metrics
