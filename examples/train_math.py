@@ -24,7 +24,6 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-START = time.perf_counter()
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
@@ -139,6 +138,7 @@ def load_tokenizer(model_name: str, revision: str, trust_remote_code: bool) -> P
 
 
 def main(arguments: list[str] | None = None) -> dict | None:
+    start = time.perf_counter()
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = TrlParser((MathScriptArguments, OPOConfig, ModelConfig))
     script_args, training_args, model_args = parser.parse_args_and_config(arguments or ["--config", str(QUICKSTART)])
@@ -218,7 +218,7 @@ def main(arguments: list[str] | None = None) -> dict | None:
             n=len(eval_dataset),
             samples_per_problem=script_args.report_samples,
             steps=trainer.state.global_step,
-            seconds=round(time.perf_counter() - START, 1),
+            seconds=round(time.perf_counter() - start, 1),
             seed=training_args.seed,
         )
         print(

@@ -1,10 +1,11 @@
 """
-One rank of a distributed run on scripted rollouts, started by `tests/test_distributed.py` under torchrun.
+One rank of a distributed run on scripted rollouts, started by `tests/test_distributed.py`.
 
-    torchrun --nproc_per_node 2 tests/distributed_worker.py OUTPUT_FILE CASE
+    torchrun --standalone --nproc_per_node 2 tests/distributed_worker.py OUTPUT_FILE CASE
 """
 
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -12,15 +13,27 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
+from datasets import Dataset
 
 from tiny import scripted_reward, scripted_trainer
 
-# Six groups of four completions in all, so with nine rows a rank the third group straddles the ranks.
+# Six groups of four completions in all, so with six rows a rank the second group straddles the ranks. In "idle" the
+# second rank's groups have equal rewards or a single scored completion: it samples nothing to learn from.
 CASES = {
     "straddling": {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 1, "max_steps": 2},
     "accumulated": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "max_steps": 2},
     "dr_grpo": {"per_device_train_batch_size": 6, "loss_type": "dr_grpo", "max_steps": 1},
+    "idle": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "max_steps": 3},
 }
+
+
+def settings_of(case: str) -> dict:
+    """Settings of a case, with its dataset: what one process needs is twice the rows per device."""
+    settings = dict(CASES[case])
+    if case == "idle":
+        prompts = ["one", "six", "fifteen", "seven!"]
+        settings["train_dataset"] = Dataset.from_dict({"prompt": prompts})
+    return settings
 
 
 def infinite_on_one_rank(completions, score, trainer_state, **kwargs):
@@ -40,10 +53,18 @@ def main() -> None:
                 message = str(error)
             Path(f"{output}.{trainer.accelerator.process_index}").write_text(message)
             return
-        trainer = scripted_trainer(directory, **CASES[case])
+        # accelerate passes DeepSpeed over where `use_cpu` is set, and sees one process where no backend is named;
+        # DS_ACCELERATOR=cpu puts it on the CPU all the same
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+            engine = {"use_cpu": False, "ddp_backend": "gloo"}
+        else:
+            engine = {}
+        trainer = scripted_trainer(directory, **engine, **settings_of(case))
         trainer.train()
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # gathers what FSDP and ZeRO-3 have sharded
     if trainer.accelerator.is_main_process:
-        torch.save(trainer.accelerator.unwrap_model(trainer.model).state_dict(), output)
+        torch.save({name: value.float().clone() for name, value in state.items()}, output)
+        output.with_suffix(".engine").write_text(trainer.accelerator.distributed_type.value)
         log = [entry for entry in trainer.state.log_history if "entropy" in entry]
         output.with_suffix(".json").write_text(json.dumps(log))
 
