@@ -3,6 +3,7 @@
 #   make train     train the tiny policy on arithmetic with OPO, and plot what happened
 #   make test      the quick tests
 #   make test-slow the slow ones
+#   make benchmark time and memory of the update against TRL's, about 25 minutes
 #   make check     ruff and mypy
 #   make format    let ruff rewrite what it can
 
@@ -11,10 +12,11 @@ TORCH ?= torch
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+ENGINES_READY := $(VENV)/.engines-ready
 
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: train test test-slow check format setup clean
+.PHONY: train test test-slow benchmark check format setup clean
 
 train: $(READY)
 	PYTHONWARNINGS=ignore::FutureWarning $(BIN)/accelerate launch \
@@ -23,7 +25,7 @@ train: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -m "not slow"
 
-test-slow: $(READY)
+test-slow: $(ENGINES_READY)
 	$(BIN)/python -m pytest -m slow
 
 check: $(READY)
@@ -44,6 +46,16 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(TORCH)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[wandb,plot,dev]"
 	touch $@
+
+# DeepSpeed is built against the torch that is there, so it comes after it and without build isolation.
+$(ENGINES_READY): $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools wheel
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation deepspeed
+	touch $@
+
+benchmark: $(READY)
+	$(BIN)/python benchmarks/update_phase.py --json
+	$(BIN)/python benchmarks/rank_balance.py
 
 clean:
 	rm -rf $(VENV) outputs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

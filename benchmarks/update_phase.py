@@ -301,7 +301,7 @@ def compare(case: Case, args: argparse.Namespace) -> dict[str, Any]:
                 give_opo_advantages(trainer)
             trainers[kind] = (trainer, script, Clock(trainer))
         rounds: dict[str, list[dict[str, Any]]] = {"trl": [], "opo": []}
-        errors, ratios, shuffles = [], [], []
+        errors, ratios = [], []
         for number in range(args.rounds + 1):
             order = ("trl", "opo") if number % 2 else ("opo", "trl")
             gradients = {}
@@ -315,11 +315,7 @@ def compare(case: Case, args: argparse.Namespace) -> dict[str, Any]:
             errors.append(float((gradients["opo"] - gradients["trl"]).norm() / gradients["trl"].norm()))
             if number:
                 ratios.append(rounds["trl"][-1]["seconds"] / rounds["opo"][-1]["seconds"])
-        if args.dtype != "fp32":  # how far TRL's own shuffles lie apart: the same round again, shuffled otherwise
-            if case.sampler:
-                StubEngine.script = trainers["trl"][1]
-            run_round(*trainers["trl"], args.rounds)
-            shuffles.append(float((gradient(trainers["trl"][0]) - gradients["trl"]).norm() / gradients["trl"].norm()))
+        rounding = rounding_errors(trainers, case, args, directory) if args.dtype == "bf16" else {}
     sums = {kind: {key: sum(r[key] for r in rounds[kind]) for key in ("rows", "padded", "real")} for kind in rounds}
     return {
         "case": case.name,
@@ -328,11 +324,37 @@ def compare(case: Case, args: argparse.Namespace) -> dict[str, Any]:
         "trl_seconds": statistics.median(r["seconds"] for r in rounds["trl"]),
         "opo_seconds": statistics.median(r["seconds"] for r in rounds["opo"]),
         "gradient_error": max(errors),
-        **({"trl_shuffle_error": max(shuffles)} if shuffles else {}),
+        **rounding,
         "token_efficiency": sums["opo"]["real"] / sums["opo"]["padded"],
         "trl_token_efficiency": sums["trl"]["real"] / sums["trl"]["padded"],
         "rows_forward": sums["opo"]["rows"] / len(ratios),
         "trl_rows_forward": sums["trl"]["rows"] / len(ratios),
+    }
+
+
+def rounding_errors(trainers: dict[str, Any], case: Case, args: argparse.Namespace, directory: str) -> dict[str, float]:
+    """Relative distances in bf16: to the fp32 gradient, and between shuffles of TRL's own."""
+    exact = argparse.Namespace(**{**vars(args), "dtype": "fp32"})
+    trainer, script = build("opo", case, exact, directory)
+    run_round(trainer, script, Clock(trainer), args.rounds)
+    reference = gradient(trainer)
+
+    def distance(one: torch.Tensor, other: torch.Tensor) -> float:
+        return float((one - other).norm() / reference.norm())
+
+    gradients: dict[str, list[torch.Tensor]] = {"trl": [], "opo": []}
+    for kind in gradients:
+        for seed in range(4):
+            torch.manual_seed(seed)  # TRL shuffles its rows anew
+            if case.sampler:
+                StubEngine.script = trainers[kind][1]
+            run_round(*trainers[kind], args.rounds)
+            gradients[kind].append(gradient(trainers[kind][0]))
+    trl = gradients["trl"]
+    return {
+        "opo_to_fp32": max(distance(g, reference) for g in gradients["opo"]),
+        "trl_to_fp32": max(distance(g, reference) for g in trl),
+        "trl_shuffles_apart": max(distance(a, b) for i, a in enumerate(trl) for b in trl[:i]),
     }
 
 

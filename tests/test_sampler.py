@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig
 from transformers import GenerationConfig
 
 from opo_trl import OPOTrainer
@@ -62,6 +63,13 @@ def test_what_leaks_from_the_models_generation_config_is_refused(tmp_path, name,
         sampling_trainer(tmp_path, model)
     setattr(model.generation_config, name, None)
     sampling_trainer(tmp_path, model)
+
+
+def test_an_adapter_does_not_hide_what_leaks(tmp_path):
+    model = tiny_model()
+    model.generation_config.typical_p = 0.5
+    with pytest.raises(ValueError, match=r"typical_p=0\.5"):
+        sampling_trainer(tmp_path, model, peft_config=LoraConfig(r=2, target_modules=["q_proj"]))
 
 
 def test_what_does_not_leak_trains(tmp_path):

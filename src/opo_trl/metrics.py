@@ -34,7 +34,10 @@ def rollout_metrics(
           `length_exponent=1`, since b* minimises the numerator: a prediction under the paper's assumption that a
           completion's squared gradient norm grows with its length, not evidence for it.
     """
-    rewards, lengths = rewards.double(), lengths.double()
+    rewards, lengths = (
+        rewards.cpu().double(),
+        lengths.cpu().double(),
+    )  # (P, K) is small, and not every device has float64
     takes_part = ~torch.isnan(rewards) & (lengths > 0)  # (P, K)
     group = takes_part.any(dim=1, keepdim=True)  # (P, 1)
     rewards_or_zero = torch.where(takes_part, rewards, 0.0)

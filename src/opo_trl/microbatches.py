@@ -110,6 +110,37 @@ def plan_microbatches(
     return micro_batches + [filler] * (num_microbatches - num_cuts)
 
 
+def cut_rows(rows: dict[str, torch.Tensor], hand: torch.Tensor, micro_batch: MicroBatch) -> dict[str, torch.Tensor]:
+    """
+    Make one micro-batch of the plan.
+
+    Args:
+        rows (`dict[str, torch.Tensor]`):
+            Tensors of a rollout batch, one row per completion: `prompt_*` padded on the left, other matrices on the
+            right, vectors as they are.
+        hand (`torch.Tensor` of shape `(N,)`):
+            Rows that the plan was made for, as positions in `rows`.
+        micro_batch ([`MicroBatch`]):
+            Part of the plan.
+
+    Returns:
+        `dict[str, torch.Tensor]`: Its rows, trimmed on both sides. A filler attends to no completion token, so that it
+        neither moves the policy nor counts in any metric.
+    """
+    chosen = hand[micro_batch.rows] if micro_batch.learns else micro_batch.rows
+    part = {}
+    for name, tensor in rows.items():
+        tensor = tensor[chosen.to(tensor.device)]
+        if name.startswith("prompt"):
+            tensor = tensor[:, -micro_batch.prompt_width :]
+        elif tensor.ndim == 2:
+            tensor = tensor[:, : micro_batch.completion_width]
+        part[name] = tensor
+    if not micro_batch.learns:
+        part["completion_mask"] = torch.zeros_like(part["completion_mask"])
+    return part
+
+
 def _padded_tokens(
     prompts: torch.Tensor, completions: torch.Tensor, multiple: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # (N,), (N,) -> 3 x (N, N)

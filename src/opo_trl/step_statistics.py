@@ -21,12 +21,12 @@ class StepStatistics:
     def add_mean(self, name: str, values: torch.Tensor, mask: torch.Tensor) -> None:
         """Add the values (B, C) where `mask` (B, C) is not 0 to the mean `name`."""
         mask = mask.bool()
-        total = torch.stack([torch.where(mask, values, 0).double().sum(), mask.sum().double()])
+        total = torch.stack([torch.where(mask, values, 0).float().sum(), mask.sum().float()])
         self._totals[name] = self._totals[name] + total if name in self._totals else total
 
     def add_max(self, name: str, values: torch.Tensor, mask: torch.Tensor) -> None:
         """Add the values (B, C) where `mask` (B, C) is not 0 to the maximum `name`."""
-        largest = torch.where(mask.bool(), values, -torch.inf).amax().double()
+        largest = torch.where(mask.bool(), values, -torch.inf).amax().float()
         self._maxima[name] = torch.maximum(self._maxima[name], largest) if name in self._maxima else largest
 
     def add_min(self, name: str, values: torch.Tensor, mask: torch.Tensor) -> None:
@@ -45,7 +45,7 @@ class StepStatistics:
         if not totals and not maxima:
             return {}
         local = torch.cat([*(totals[name] for name in totals), *(maxima[name].view(1) for name in maxima)])
-        ranks = gather(local.unsqueeze(0))  # (W, M)
+        ranks = gather(local.unsqueeze(0)).cpu().double()  # (W, M)
         sums, largest = (
             ranks[:, : 2 * len(totals)].sum(dim=0).tolist(),
             ranks[:, 2 * len(totals) :].amax(dim=0).tolist(),

@@ -5,18 +5,20 @@ import textwrap
 from typing import Any
 
 import torch
-from accelerate.utils import gather, is_compiled_module
+from accelerate.utils import gather, gather_object, is_compiled_module
 from datasets import Dataset, IterableDataset
 from torch import nn
-from transformers import AutoProcessor, PreTrainedConfig, ProcessorMixin
+from transformers import AutoProcessor, ProcessorMixin
 from trl import GRPOTrainer
 
 from .baselines import opo_advantages
 from .config import OPOConfig
+from .determinism import disable_dropout
 from .metrics import rollout_metrics
-from .microbatches import MEMORY_SHARE, MicroBatch, deal_rows, plan_microbatches
+from .microbatches import MEMORY_SHARE, cut_rows, deal_rows, plan_microbatches
 from .preflight import check_prompts, check_tokenizer
 from .sampler import law_changes
+from .sampler_correction import correct_sampler
 from .step_statistics import StepStatistics
 
 # What a rollout batch of text consists of: one row per completion, or one number for the whole batch.
@@ -135,7 +137,7 @@ class OPOTrainer(GRPOTrainer):
             )
         check_tokenizer(train_dataset, processing_class)
         super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, *rest, **kwargs)
-        _disable_dropout(self.model)
+        disable_dropout(self.model)
         self._check_sampler()
         # The parent would run a whole extra forward for the old policy to correct the sampler's mismatch. On-policy the
         # old policy is the one that the loss runs anyway, so the correction is made there and the parent's is off.
@@ -224,7 +226,9 @@ class OPOTrainer(GRPOTrainer):
         if not self.model.training or self._rollout_batch is None:
             return inputs  # evaluation, or a later micro-batch of the plan made at the step's first
         batch, self._rollout_batch = self._rollout_batch, None
-        if self._can_regroup(batch):
+        # Ranks must agree: one may hold an image batch, or tool output, where another holds plain text.
+        layouts = gather_object([sorted(batch) if self._can_regroup(batch) else None])
+        if layouts[0] is not None and all(layout == layouts[0] for layout in layouts):
             self._buffered_inputs = self._make_micro_batches(batch)
         self._log_padding(self._buffered_inputs)
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
@@ -263,13 +267,13 @@ class OPOTrainer(GRPOTrainer):
             pad_to_multiple_of=self.pad_to_multiple_of,
         )
         scalars = {name: batch[name] for name in _SCALARS if name in batch}
-        return [{**_cut(rows, hand, micro_batch), **scalars} for micro_batch in plan]
+        return [{**cut_rows(rows, hand, micro_batch), **scalars} for micro_batch in plan]
 
     def _log_padding(self, micro_batches: list[dict[str, Any]]) -> None:
         """Log the share of padding among the tokens that the step's forwards run on, over all ranks."""
         padded = sum(part["prompt_mask"].numel() + part["completion_mask"].numel() for part in micro_batches)
         real = sum(part["prompt_mask"].sum() + part["completion_mask"].sum() for part in micro_batches)
-        counts = torch.tensor([int(real), padded], dtype=torch.float64, device=self.accelerator.device)
+        counts = torch.tensor([int(real), padded], device=self.accelerator.device)
         real, padded = self.accelerator.reduce(counts, reduction="sum").tolist()
         self._metrics["train"]["opo/padding_fraction"].append(1 - real / padded)
 
@@ -313,47 +317,24 @@ class OPOTrainer(GRPOTrainer):
     def _sampler_weights(
         self, logps: torch.Tensor, inputs: dict[str, Any], loss_mask: torch.Tensor
     ) -> torch.Tensor:  # (B, C) -> (B, C)
-        """
-        Weights `pi / sampler` of each token, bounded, for a sampler whose numerics differ from the trained model's.
-
-        A log-probability that the sampler could not tell (NaN) is taken to be right: weight 1.
-        """
-        log_ratio = logps - inputs["sampling_per_token_logps"]  # (B, C)
-        known = loss_mask.bool() & ~torch.isnan(log_ratio)
-        log_ratio = torch.where(known, log_ratio, 0.0)
-        ratio = log_ratio.exp()
-        low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
-        outside = (ratio < (-torch.inf if low is None else low)) | (ratio > (torch.inf if high is None else high))
-        if self.vllm_importance_sampling_mode == "token_mask":
-            weights = ratio.masked_fill(outside, 0.0)
-        else:
-            weights = ratio if low is None and high is None else ratio.clamp(min=low, max=high)
-        add = self._statistics
-        add.add_mean("sampling/sampling_logp_difference/mean", log_ratio.abs(), known)
-        add.add_max("sampling/sampling_logp_difference/max", log_ratio.abs(), known)
-        add.add_min("sampling/importance_sampling_ratio/min", weights, loss_mask)
-        add.add_mean("sampling/importance_sampling_ratio/mean", weights, loss_mask)
-        add.add_max("sampling/importance_sampling_ratio/max", weights, loss_mask)
-        add.add_mean("sampling/importance_sampling_ratio/bounded_fraction", outside.float(), known)
-        # An unbiased, never negative estimate on the sampler's own tokens (Schulman's k3).
-        add.add_mean("sampling/kl", ratio - 1 - log_ratio, known)
-        return weights
-
-
-def _cut(rows: dict[str, Any], hand: torch.Tensor, micro_batch: MicroBatch) -> dict[str, torch.Tensor]:
-    """The tensors of one micro-batch of the plan, trimmed to its widths."""
-    chosen = hand[micro_batch.rows] if micro_batch.learns else micro_batch.rows
-    part = {}
-    for name, tensor in rows.items():
-        tensor = tensor[chosen.to(tensor.device)]
-        if name.startswith("prompt"):
-            tensor = tensor[:, -micro_batch.prompt_width :]
-        elif tensor.ndim == 2:
-            tensor = tensor[:, : micro_batch.completion_width]
-        part[name] = tensor
-    if not micro_batch.learns:  # a filler keeps the ranks in step, and must neither move the policy nor be counted
-        part["completion_mask"] = torch.zeros_like(part["completion_mask"])
-    return part
+        """Weigh each token by the bounded ratio of policy to sampler, and log how far the two are apart."""
+        correction = correct_sampler(
+            logps,
+            inputs["sampling_per_token_logps"],
+            loss_mask,
+            low=self.vllm_importance_sampling_clip_min,
+            high=self.vllm_importance_sampling_clip_max,
+            mask_outside=self.vllm_importance_sampling_mode == "token_mask",
+        )
+        statistics, difference = self._statistics, correction.log_ratio.abs()
+        statistics.add_mean("sampling/sampling_logp_difference/mean", difference, correction.known)
+        statistics.add_max("sampling/sampling_logp_difference/max", difference, correction.known)
+        statistics.add_min("sampling/importance_sampling_ratio/min", correction.weights, loss_mask)
+        statistics.add_mean("sampling/importance_sampling_ratio/mean", correction.weights, loss_mask)
+        statistics.add_max("sampling/importance_sampling_ratio/max", correction.weights, loss_mask)
+        statistics.add_mean("sampling/importance_sampling_ratio/bounded_fraction", correction.bounded, correction.known)
+        statistics.add_mean("sampling/kl", correction.kl, correction.known)
+        return correction.weights
 
 
 def _loss_mask(batch: dict[str, Any]) -> torch.Tensor:  # (B, C)
@@ -373,19 +354,3 @@ def _by_name(eval_dataset: Any) -> dict[str, Dataset | IterableDataset]:
     if isinstance(eval_dataset, dict):
         return {f"eval_dataset[{name!r}]": dataset for name, dataset in eval_dataset.items()}
     return {"eval_dataset": eval_dataset}
-
-
-def _disable_dropout(model: nn.Module) -> None:
-    """
-    Switch off all randomness of the training forward: dropout modules, and the rates that attention layers, layer drop
-    and routers keep as plain numbers in themselves or in the model's config. These configs are saved with rate 0.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.p = 0.0
-        config = getattr(module, "config", None)
-        for owner in (module, config) if isinstance(config, PreTrainedConfig) else (module,):
-            rates = [name for name in vars(owner) if "drop" in name or "jitter" in name]
-            for name in rates:
-                if isinstance(getattr(owner, name), float):
-                    setattr(owner, name, 0.0)
