@@ -12,7 +12,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from typing import Any
+
 import torch
+from accelerate.state import AcceleratorState, DistributedType, PartialState
 from datasets import Dataset
 
 from tiny import scripted_reward, scripted_trainer
@@ -41,7 +44,22 @@ def infinite_on_one_rank(completions, score, trainer_state, **kwargs):
     return [float("inf") if rank == 1 and i == 2 else 0.0 for i in range(len(completions))]
 
 
+def let_fsdp_run_on_the_cpu() -> None:
+    """accelerate offers FSDP on accelerators only, and falls back to plain data parallel on a CPU without a word."""
+    original = AcceleratorState.__init__
+
+    def with_fsdp(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            self.fsdp_plugin = fsdp_plugin
+
+    AcceleratorState.__init__ = with_fsdp
+
+
 def main() -> None:
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        let_fsdp_run_on_the_cpu()
     output, case = Path(sys.argv[1]), sys.argv[2]
     with tempfile.TemporaryDirectory() as directory:
         if case == "infinite":
