@@ -44,7 +44,7 @@ from opo_trl import OPOConfig, OPOTrainer
 PROMPT_LENGTH = 32
 GROUP_SIZE = 8
 VOCABULARY = 256
-RESULTS = Path(__file__).parent / "results" / "update_phase.json"
+RESULTS = Path(__file__).parent / "results"
 MODEL_SIZES = {  # hidden, intermediate, layers, heads
     "toy": (128, 344, 4, 4),
     "0.5b": (896, 4864, 24, 14),
@@ -463,7 +463,7 @@ def main() -> None:
     parser.add_argument("--memory-repeats", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="only the three headline cases")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path, help="JSON file; by default one in benchmarks/results named by settings")
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     disable_progress_bars()
@@ -471,6 +471,11 @@ def main() -> None:
         kind, case = args.memory_of
         print(measure_memory(kind, Case(*json.loads(case)), args))
         return
+
+    if args.output is None:
+        settings = [args.device, args.dtype, args.model_size] + ["quick"] * args.quick
+        defaults = [parser.get_default(name) for name in ("device", "dtype", "model_size")]
+        args.output = RESULTS / ("-".join(["update_phase", *(s for s in settings if s not in defaults)]) + ".json")
 
     results = []
     for case in HEADLINE if args.quick else CASES:
