@@ -83,6 +83,12 @@ def measure(
     }
 
 
+def describe(result: dict[str, Any]) -> str:
+    """Say in one line what `measure` found."""
+    (low, high), length = result["interval"], result["mean_length"]
+    return f"{result['pass@1']:.3f} (95 % interval {low:.3f} to {high:.3f}), mean length {length:.1f} tokens"
+
+
 def write_summary(
     output_dir: str, before: dict[str, Any], after: dict[str, Any], history: Sequence[dict[str, Any]], **run: Any
 ) -> dict[str, Any]:

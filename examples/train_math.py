@@ -36,7 +36,7 @@ from arithmetic import load_arithmetic
 from opo_trl import OPOConfig, OPOTrainer
 from opo_trl.data import INSTRUCTION, hold_out, load_math_dataset, to_plain_text
 from opo_trl.rewards import math_verify_reward
-from reporting import ConsoleProgress, measure, write_summary
+from reporting import ConsoleProgress, describe, measure, write_summary
 
 QUICKSTART = HERE / "configs" / "quickstart.yaml"
 EMBEDDED_DATASET, EMBEDDED_MODEL = "arithmetic", "tiny_policy"
@@ -175,11 +175,7 @@ def main(arguments: list[str] | None = None) -> dict | None:
     before = None
     if script_args.report and state.is_main_process:
         before = measure(model_name, eval_dataset, **settings)
-        print(
-            f"pass@1 before: {before['pass@1']:.3f} (95 % interval {before['interval'][0]:.3f} to "
-            f"{before['interval'][1]:.3f}), mean length {before['mean_length']:.1f} tokens",
-            flush=True,
-        )
+        print(f"pass@1 before: {describe(before)}", flush=True)
     state.wait_for_everyone()
 
     training_args.model_init_kwargs = {
@@ -221,12 +217,8 @@ def main(arguments: list[str] | None = None) -> dict | None:
             seconds=round(time.perf_counter() - start, 1),
             seed=training_args.seed,
         )
-        print(
-            f"pass@1 after:  {after['pass@1']:.3f} (95 % interval {after['interval'][0]:.3f} to "
-            f"{after['interval'][1]:.3f}), mean length {after['mean_length']:.1f} tokens\n"
-            f"summary.json and curves.png are in {training_args.output_dir}",
-            flush=True,
-        )
+        print(f"pass@1 after:  {describe(after)}", flush=True)
+        print(f"summary.json and curves.png are in {training_args.output_dir}", flush=True)
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_name)
         trainer.accelerator.print(f"pushed to https://huggingface.co/{trainer.hub_model_id}")

@@ -38,7 +38,7 @@ def test_class_attributes():
     assert isinstance(GRPOTrainer._tag_names, list)
 
 
-def test_calculate_rewards(tmp_path, monkeypatch):
+def test_calculate_rewards(tmp_path):
     """Called with this batch's rows, returns every rank's rewards: (N, number of functions), NaN for None."""
     assert parameters(GRPOTrainer._calculate_rewards)[1:] == [
         "inputs",

@@ -46,14 +46,14 @@ def optimal_baseline(
             f"rewards {rewards.tolist()} and lengths {lengths.tolist()}."
         )
     rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
-    takes_part = _takes_part(rewards, lengths)  # (P, K)
-    weights = torch.where(takes_part, lengths.to(rewards.dtype) ** length_exponent, 0.0)  # (P, K)
+    active = takes_part(rewards, lengths)  # (P, K)
+    weights = torch.where(active, lengths.to(rewards.dtype) ** length_exponent, 0.0)  # (P, K)
     total_weight = weights.sum(dim=1, keepdim=True)  # (P, 1)
-    weighted_sum = (weights * torch.where(takes_part, rewards, 0.0)).sum(dim=1, keepdim=True)  # (P, 1)
+    weighted_sum = (weights * torch.where(active, rewards, 0.0)).sum(dim=1, keepdim=True)  # (P, 1)
     # A weighted mean lies between the smallest and the largest of its values. Rounding can push it outside by the last
     # bit, and would leave an advantage of 1e-8 (a full forward and backward) where there is nothing to learn.
-    lowest = torch.where(takes_part, rewards, torch.inf).amin(dim=1, keepdim=True)  # (P, 1)
-    highest = torch.where(takes_part, rewards, -torch.inf).amax(dim=1, keepdim=True)  # (P, 1)
+    lowest = torch.where(active, rewards, torch.inf).amin(dim=1, keepdim=True)  # (P, 1)
+    highest = torch.where(active, rewards, -torch.inf).amax(dim=1, keepdim=True)  # (P, 1)
     baseline = (weighted_sum / total_weight).clamp(min=lowest, max=highest)
     return torch.where(total_weight > 0, baseline, 0.0)
 
@@ -79,8 +79,9 @@ def opo_advantages(
         ValueError: As in [`optimal_baseline`].
     """
     advantages = rewards - optimal_baseline(rewards, lengths, length_exponent)
-    return torch.where(_takes_part(rewards, lengths), advantages, 0.0)
+    return torch.where(takes_part(rewards, lengths), advantages, 0.0)
 
 
-def _takes_part(rewards: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:  # (P, K), bool
+def takes_part(rewards: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:  # (P, K), (P, K) -> (P, K), bool
+    """Whether a completion counts: it was scored, and it has a token to train on."""
     return ~torch.isnan(rewards) & (lengths > 0)

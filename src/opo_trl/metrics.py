@@ -2,7 +2,7 @@
 
 import torch
 
-from .baselines import opo_advantages, optimal_baseline
+from .baselines import opo_advantages, optimal_baseline, takes_part
 
 
 def rollout_metrics(
@@ -38,17 +38,17 @@ def rollout_metrics(
         rewards.cpu().double(),
         lengths.cpu().double(),
     )  # (P, K) is small, and not every device has float64
-    takes_part = ~torch.isnan(rewards) & (lengths > 0)  # (P, K)
-    group = takes_part.any(dim=1, keepdim=True)  # (P, 1)
-    rewards_or_zero = torch.where(takes_part, rewards, 0.0)
-    lengths_or_zero = torch.where(takes_part, lengths, 0.0)
-    count = takes_part.sum(dim=1, keepdim=True).clamp(min=1)
+    active = takes_part(rewards, lengths)  # (P, K)
+    group = active.any(dim=1, keepdim=True)  # (P, 1)
+    rewards_or_zero = torch.where(active, rewards, 0.0)
+    lengths_or_zero = torch.where(active, lengths, 0.0)
+    count = active.sum(dim=1, keepdim=True).clamp(min=1)
     baseline = optimal_baseline(rewards, lengths, length_exponent)  # (P, 1)
     mean = rewards_or_zero.sum(dim=1, keepdim=True) / count  # (P, 1)
-    reward_deviation = torch.where(takes_part, rewards - mean, 0.0)  # (P, K)
-    length_deviation = torch.where(takes_part, lengths - lengths_or_zero.sum(dim=1, keepdim=True) / count, 0.0)
+    reward_deviation = torch.where(active, rewards - mean, 0.0)  # (P, K)
+    length_deviation = torch.where(active, lengths - lengths_or_zero.sum(dim=1, keepdim=True) / count, 0.0)
     spread = (length_deviation.square().sum() * reward_deviation.square().sum()).sqrt()
-    around_baseline = (lengths_or_zero * torch.where(takes_part, rewards - baseline, 0.0).square()).sum()
+    around_baseline = (lengths_or_zero * torch.where(active, rewards - baseline, 0.0).square()).sum()
     around_mean = (lengths_or_zero * reward_deviation.square()).sum()
     metrics = {
         "opo/baseline": baseline[group].mean(),

@@ -251,17 +251,17 @@ class OPOTrainer(GRPOTrainer):
                     left = name.startswith("prompt")
                     rows[name] = self.accelerator.pad_across_processes(rows[name], dim=1, pad_first=left)
                 rows[name] = gather(rows[name])
-        prompt_lengths, completion_lengths = rows["prompt_mask"].sum(dim=1), rows["completion_mask"].sum(dim=1)
+        prompt_lengths, completion_lengths = (
+            rows[f"{part}_mask"].sum(dim=1).cpu() for part in ("prompt", "completion")
+        )
         learns = torch.ones_like(prompt_lengths, dtype=torch.bool)
         if self.args.skip_uninformative:
-            learns = (rows["advantages"] != 0) & _loss_mask(rows).any(dim=1)
+            learns = ((rows["advantages"] != 0) & _loss_mask(rows).any(dim=1)).cpu()
         width = rows["prompt_ids"].size(1) + rows["completion_ids"].size(1)
-        hand = deal_rows((prompt_lengths + completion_lengths).cpu(), learns.cpu(), ranks)[
-            self.accelerator.process_index
-        ]
+        hand = deal_rows(prompt_lengths + completion_lengths, learns, ranks)[self.accelerator.process_index]
         plan = plan_microbatches(
-            prompt_lengths.cpu()[hand],
-            completion_lengths.cpu()[hand],
+            prompt_lengths[hand],
+            completion_lengths[hand],
             steps,
             largest=int(MEMORY_SHARE * rows_per_micro_batch * width),
             pad_to_multiple_of=self.pad_to_multiple_of,
