@@ -16,8 +16,8 @@ the order of the problems, 128 completions in a rollout batch, Adam, the length 
 
 What is decided before anything runs:
 
-1. Each arm gets its own learning rate. Those of `FIRST_GRID` are tried with the seeds `SWEEP_SEEDS`, and the next one of
-   `LEARNING_RATES` on that side is added while the best one lies at the edge of what was tried.
+1. Each arm gets its own learning rate. Those of `FIRST_GRID` are tried with the seeds `SWEEP_SEEDS`, and the next one
+   of `LEARNING_RATES` on that side is added while the best one lies at the edge of what was tried.
 2. The best is the highest mean pass@1 on *validation* problems at the end of training; the lower rate on a tie. A run
    that breaks down counts as 0.
 3. Every arm is then trained with its best rate and other seeds, `SEEDS`, and measured on *test* problems that nothing
@@ -406,9 +406,8 @@ def main() -> None:
     path = RESULTS / "opo_vs_grpo.json"
     path.write_text(json.dumps(report, indent=1) + "\n")
     plot(arms, path.with_suffix(".png"))
-    print(
-        f"\n{table(arms, 'over_seeds')}\n\nDifference to OPO:\n\n{table(arms, 'difference_to_opo')}\n\nwritten to {path}"
-    )
+    print(f"\n{table(arms, 'over_seeds')}\n\nDifference to OPO:\n\n{table(arms, 'difference_to_opo')}\n")
+    print(f"written to {path}")
 
 
 if __name__ == "__main__":
