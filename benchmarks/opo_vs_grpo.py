@@ -1,18 +1,20 @@
 """
-OPO against GRPO on the tiny policy: five arms, the same problems and rollouts' budget, several seeds.
+OPO against GRPO on the tiny policy: six arms, the same problems and rollouts' budget, several seeds.
 
     python benchmarks/opo_vs_grpo.py            # about an hour on two cores; goes on where it was stopped
 
-| arm          | trainer     | baseline   | advantage over std | optimizer steps per rollout batch |
-|--------------|-------------|------------|--------------------|-----------------------------------|
-| opo          | OPOTrainer  | b*         | no                 | 1                                 |
-| opo_mean     | OPOTrainer  | group mean | no                 | 1                                 |
-| grpo         | GRPOTrainer | group mean | yes                | 1                                 |
-| grpo_no_std  | GRPOTrainer | group mean | no                 | 1                                 |
-| grpo_off     | GRPOTrainer | group mean | yes                | 2, clipped at 0.2, entropy bonus 0.001 |
+| arm             | trainer     | baseline                 | advantage over std | optimizer steps per rollout batch |
+|-----------------|-------------|--------------------------|--------------------|-----------------------------------|
+| opo             | OPOTrainer  | b*                       | no                 | 1                                 |
+| opo_mean        | OPOTrainer  | group mean               | no                 | 1                                 |
+| grpo            | GRPOTrainer | group mean               | yes                | 1                                 |
+| grpo_no_std     | GRPOTrainer | group mean               | no                 | 1                                 |
+| grpo_off        | GRPOTrainer | group mean               | yes                | 2, clip 0.2, entropy bonus 0.001  |
+| opo_uncertainty | OPOTrainer  | weighed by uncertainties | no                 | 1                                 |
 
-The last is the off-policy arm of the paper's experiment A. Everything else is the same for all: the starting policy,
-the order of the problems, 128 completions in a rollout batch, Adam, the length limit, the clip of the gradient norm.
+grpo_off is the off-policy arm of the paper's experiment A. opo_uncertainty was added after gradient_variance.py had been
+run and before any test problem was. Everything else is the same for all: the starting policy, the order of the problems,
+128 completions in a rollout batch, Adam, the length limit, the clip of the gradient norm.
 
 What is decided before anything runs:
 
@@ -86,6 +88,7 @@ ARMS: dict[str, tuple[type, type, dict[str, Any]]] = {
             "entropy_coef": 0.001,
         },
     ),
+    "opo_uncertainty": (OPOTrainer, OPOConfig, {**ON_POLICY, "baseline_weight": "uncertainty"}),
 }
 TITLES = {
     "opo": "OPO",
@@ -93,6 +96,7 @@ TITLES = {
     "grpo": "GRPO, on-policy",
     "grpo_no_std": "GRPO, on-policy, no std",
     "grpo_off": "GRPO, off-policy",
+    "opo_uncertainty": "OPO, uncertainty",
 }
 METRICS = ("pass@1", "pass@8", "length", "entropy", "kl_plain", "kl_low_variance", "rep-5", "self-bleu", "truncated")
 TRAINING = ("grad_norm", "gradient_clipped", "ratio_clipped")
@@ -329,7 +333,14 @@ def table(arms: dict[str, Any], part: str) -> str:
     return "\n".join(lines)
 
 
-COLORS = {"opo": "#1f5c99", "opo_mean": "#4a8c3f", "grpo": "#b3441e", "grpo_no_std": "#c79a2b", "grpo_off": "#7a4f9e"}
+COLORS = {
+    "opo": "#1f5c99",
+    "opo_mean": "#4a8c3f",
+    "grpo": "#b3441e",
+    "grpo_no_std": "#c79a2b",
+    "grpo_off": "#7a4f9e",
+    "opo_uncertainty": "#1aa0a0",
+}
 
 
 def plot(arms: dict[str, Any], path: Path) -> None:

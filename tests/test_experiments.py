@@ -148,7 +148,14 @@ def landscape(monkeypatch):
 
 
 def test_a_sweep_goes_on_until_the_best_rate_has_neighbours_on_both_sides(landscape, tmp_path):
-    peaks = {"opo": 1e-5, "opo_mean": 1e-4, "grpo": 3e-3, "grpo_no_std": 3e-5, "grpo_off": 3e-4}
+    peaks = {
+        "opo": 1e-5,
+        "opo_mean": 1e-4,
+        "grpo": 3e-3,
+        "grpo_no_std": 3e-5,
+        "grpo_off": 3e-4,
+        "opo_uncertainty": 1e-4,
+    }
     distance = {rate: place for place, rate in enumerate(LEARNING_RATES)}
     ran = landscape(lambda job: 1 - abs(distance[job.learning_rate] - distance[peaks[job.arm]]) / 10)
     sweeps = choose_rates(tmp_path, processes=1, rollouts=7)
