@@ -3,14 +3,14 @@ OPO against GRPO on the tiny policy: six arms, the same problems and rollouts' b
 
     python benchmarks/opo_vs_grpo.py            # about an hour on two cores; goes on where it was stopped
 
-| arm             | trainer     | baseline                 | advantage over std | optimizer steps per rollout batch |
-|-----------------|-------------|--------------------------|--------------------|-----------------------------------|
-| opo             | OPOTrainer  | b*                       | no                 | 1                                 |
-| opo_mean        | OPOTrainer  | group mean               | no                 | 1                                 |
-| grpo            | GRPOTrainer | group mean               | yes                | 1                                 |
-| grpo_no_std     | GRPOTrainer | group mean               | no                 | 1                                 |
-| grpo_off        | GRPOTrainer | group mean               | yes                | 2, clip 0.2, entropy bonus 0.001  |
-| opo_uncertainty | OPOTrainer  | weighed by uncertainties | no                 | 1                                 |
+| arm             | trainer     | baseline                  | over std | steps per rollout batch          |
+|-----------------|-------------|---------------------------|----------|----------------------------------|
+| opo             | OPOTrainer  | b*                        | no       | 1                                |
+| opo_mean        | OPOTrainer  | group mean                | no       | 1                                |
+| grpo            | GRPOTrainer | group mean                | yes      | 1                                |
+| grpo_no_std     | GRPOTrainer | group mean                | no       | 1                                |
+| grpo_off        | GRPOTrainer | group mean                | yes      | 2, clip 0.2, entropy bonus 0.001 |
+| opo_uncertainty | OPOTrainer  | weighed by uncertainties  | no       | 1                                |
 
 grpo_off is the off-policy arm of the paper's experiment A. opo_uncertainty was added after gradient_variance.py had been
 run and before any test problem was. Everything else is the same for all: the starting policy, the order of the problems,
