@@ -12,9 +12,9 @@ OPO against GRPO on the tiny policy: six arms, the same problems and rollouts' b
 | grpo_off        | GRPOTrainer | group mean                | yes      | 2, clip 0.2, entropy bonus 0.001 |
 | opo_uncertainty | OPOTrainer  | weighed by uncertainties  | no       | 1                                |
 
-grpo_off is the off-policy arm of the paper's experiment A. opo_uncertainty was added after gradient_variance.py had been
-run and before any test problem was. Everything else is the same for all: the starting policy, the order of the problems,
-128 completions in a rollout batch, Adam, the length limit, the clip of the gradient norm.
+grpo_off is the off-policy arm of the paper's experiment A. opo_uncertainty was added after gradient_variance.py had
+been run and before anything was measured on test problems. Everything else is the same for all: the starting policy,
+the order of the problems, 128 completions in a rollout batch, Adam, the length limit, the clip of the gradient norm.
 
 What is decided before anything runs:
 
