@@ -1,7 +1,7 @@
 """
 How much gradient variance a baseline saves, and what bias it costs, on a policy's own samples.
 
-    python benchmarks/gradient_variance.py           # the tiny policy at three stages, about 7 minutes on two cores
+    python benchmarks/gradient_variance.py           # the tiny policy at three stages, some minutes on two cores
     python benchmarks/gradient_variance.py --models NAME_OR_DIR --dataset openai/gsm8k:train:main --output FILE.json
 
 For each of `--prompts` problems, `--samples` completions are drawn, judged, and the gradient g_i of each one's
@@ -19,9 +19,10 @@ completions, with every baseline on the same groups.
 - Intervals are 95 % percentile bootstraps over prompts, of ratios too.
 
 Weights of the baseline, besides powers of the length: "logit norm" is sum_t (1 - 2 pi(y_t) + sum_v pi(v)^2), the
-squared norm of the score with respect to the logits (arXiv 2602.07078); "1 - pi" is sum_t (1 - pi(y_t)), which has the
-same mean over y_t and needs no more than the tokens' own probabilities; "exact" is the true |g_i|^2 (Eq. 9) of the K
-completions themselves. "optimum" is the best constant for the prompt, from all its samples.
+squared norm of the score with respect to the logits (arXiv 2602.07078). "uncertainty" is sum_t (1 - pi(y_t))^2,
+between half and all of it, and "1 - pi" is sum_t (1 - pi(y_t)), whose mean over y_t is that of the logit norm: both need
+no more than the tokens' own probabilities. "exact" is the true |g_i|^2 (Eq. 9) of the K completions themselves.
+"optimum" is the best constant for the prompt, from all its samples.
 """
 
 import argparse
@@ -31,23 +32,26 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # policies run in parallel, a core each
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
 import numpy as np
 import torch
-from datasets import Dataset, disable_progress_bars
+from datasets import disable_progress_bars
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 from transformers.utils import logging
 
 from measuring import RESULTS, provenance, sample_records
 from opo_trl import OPOConfig, OPOTrainer
-from opo_trl.baselines import optimal_baseline
+from opo_trl.baselines import optimal_baseline, token_uncertainty
 from opo_trl.evaluation.sampling import tokenize_prompt
 from opo_trl.rewards import math_verify_reward
 from problems import fit_to_tokenizer, load_problems, parse_dataset
@@ -65,6 +69,7 @@ class Completions(NamedTuple):
     rewards: torch.Tensor
     lengths: torch.Tensor  # tokens
     logit_norms: torch.Tensor  # sum_t (1 - 2 pi(y_t) + sum_v pi(v)^2)
+    uncertainties: torch.Tensor  # sum_t (1 - pi(y_t))^2
     surprises: torch.Tensor  # sum_t (1 - pi(y_t))
     squared_norms: torch.Tensor  # of the gradients
 
@@ -93,6 +98,7 @@ BASELINES: dict[str, Callable[[Completions, float], torch.Tensor]] = {
     "length^1.6": lambda group, best: optimal_baseline(group.rewards, group.lengths, 1.6),
     "length^2": lambda group, best: optimal_baseline(group.rewards, group.lengths, 2.0),
     "logit norm": lambda group, best: optimal_baseline(group.rewards, group.logit_norms),
+    "uncertainty": lambda group, best: optimal_baseline(group.rewards, group.uncertainties),
     "1 - pi": lambda group, best: optimal_baseline(group.rewards, group.surprises),
     "exact": lambda group, best: optimal_baseline(group.rewards, group.squared_norms),
     "optimum": lambda group, best: torch.full_like(group.rewards, best),
@@ -110,7 +116,7 @@ def take_gradients(model: Any, prompt: list[int], completions: list[list[int]], 
         hashes = torch.Generator().manual_seed(0)
         places = torch.randint(LARGEST_GRADIENT, (size,), generator=hashes).to(model.device)
         signs = (2 * torch.randint(2, (size,), generator=hashes, dtype=torch.int8) - 1).to(model.device)
-    gradients, logit_norms, surprises, squared_norms = [], [], [], []
+    gradients, logit_norms, uncertainties, surprises, squared_norms = [], [], [], [], []
     for completion in completions:
         ids = torch.tensor([prompt + completion], device=model.device)
         log_law = model(input_ids=ids[:, :-1]).logits[0, len(prompt) - 1 :].float().log_softmax(dim=-1)  # (C, V)
@@ -121,10 +127,12 @@ def take_gradients(model: Any, prompt: list[int], completions: list[list[int]], 
             gradient = torch.zeros(LARGEST_GRADIENT, device=model.device).index_add_(0, places, gradient * signs)
         gradients.append(gradient)
         law, own = log_law.detach().exp(), logps.detach().exp()
+        uncertainties.append(token_uncertainty(logps.detach()[None], torch.ones_like(logps)[None]).item())
         surprises.append((1 - own).sum().item())
         logit_norms.append((1 - 2 * own + law.square().sum(dim=1)).sum().item())
     stacked = torch.stack(gradients)  # (M, D)
-    columns = (rewards, [len(completion) for completion in completions], logit_norms, surprises, squared_norms)
+    lengths = [len(completion) for completion in completions]
+    columns = (rewards, lengths, logit_norms, uncertainties, surprises, squared_norms)
     facts = Completions(*(torch.tensor(column, dtype=torch.float64) for column in columns))
     return Prompt(facts, (stacked @ stacked.T).double().cpu())
 
@@ -227,7 +235,7 @@ def describe_norms(prompts: list[Prompt]) -> dict[str, Any]:
         return (xy - x * y) / (xx - x * x)
 
     found: dict[str, Any] = {}
-    for name in ("lengths", "logit_norms", "surprises"):
+    for name in ("lengths", "logit_norms", "uncertainties", "surprises"):
         pairs = [(getattr(one.completions, name), one.completions.squared_norms) for one in prompts]
         plain = torch.stack([moments(x, y) for x, y in pairs])
         logs = torch.stack([moments(x.clamp(min=1e-12).log(), y.clamp(min=1e-12).log()) for x, y in pairs])
@@ -239,17 +247,21 @@ def describe_norms(prompts: list[Prompt]) -> dict[str, Any]:
     return found
 
 
-def measure(
-    model: Any, tokenizer: Any, problems: Dataset, args: argparse.Namespace
-) -> tuple[dict[str, Any], list[Prompt]]:
-    """Everything of one policy."""
+def measure(policy: str, path: str, args: argparse.Namespace) -> tuple[dict[str, Any], Completions]:
+    """Everything of one policy, and its completions in one row."""
     start = time.perf_counter()
-    problems = fit_to_tokenizer(problems, tokenizer)
+    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    model = model.to("cuda") if torch.cuda.is_available() else model
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    name, split, config = parse_dataset(args.dataset)
+    problems = load_problems(name, split, config=config, num_arithmetic=args.prompts)
+    problems = fit_to_tokenizer(problems.select(range(min(args.prompts, len(problems)))), tokenizer)
     records = sample_records(
         model, tokenizer, problems, num_samples=args.samples, max_new_tokens=args.max_new_tokens, seed=args.seed,
         batch_size=args.batch_size,
     )  # fmt: skip
-    print(f"  {len(records)} completions sampled and judged, {time.perf_counter() - start:.0f} s", flush=True)
+    print(f"{policy}: {len(records)} completions sampled and judged, {time.perf_counter() - start:.0f} s", flush=True)
     prompts: list[Prompt] = []
     for i, row in enumerate(problems):
         own = records[i * args.samples : (i + 1) * args.samples]
@@ -257,13 +269,16 @@ def measure(
         ids = tokenize_prompt(tokenizer, row["prompt"])
         prompts.append(take_gradients(model, ids, [record["token_ids"] for record in own], rewards))
         if (i + 1) % 16 == 0:
-            print(f"  gradients of {i + 1}/{len(problems)} prompts, {time.perf_counter() - start:.0f} s", flush=True)
+            print(
+                f"{policy}: gradients of {i + 1}/{len(problems)} prompts, {time.perf_counter() - start:.0f} s",
+                flush=True,
+            )
     generator = torch.Generator().manual_seed(args.seed)
     sizes = [size for size in GROUP_SIZES if args.samples // size >= 4]
     groups = {
         str(size): summarize_group_size([group_statistics(one, size, generator) for one in prompts]) for size in sizes
     }
-    every = gather_completions(prompts)
+    every = Completions(*(torch.cat(column) for column in zip(*(one.completions for one in prompts), strict=True)))
     right = every.rewards == 1
     summary = {
         "pass@1": every.rewards.mean().item(),
@@ -276,12 +291,7 @@ def measure(
         "group_sizes": groups,
         "seconds": round(time.perf_counter() - start, 1),
     }
-    return summary, prompts
-
-
-def gather_completions(prompts: list[Prompt]) -> Completions:
-    """Completions of all prompts in one row."""
-    return Completions(*(torch.cat(column) for column in zip(*(one.completions for one in prompts), strict=True)))
+    return summary, every
 
 
 def tiny_stages(directory: Path) -> dict[str, Path]:
@@ -333,11 +343,11 @@ def compared(report: dict[str, Any], committed: dict[str, Any]) -> tuple[int, li
 
 COLORS = {
     "group mean": "#4a8c3f", "leave-one-out": "#5b6770", "OPO": "#1f5c99", "length^0.5": "#8fb6dd",
-    "length^2": "#0c2f54", "logit norm": "#7a4f9e", "1 - pi": "#c79a2b", "exact": "#b3441e",
+    "length^2": "#0c2f54", "logit norm": "#7a4f9e", "uncertainty": "#c79a2b", "exact": "#b3441e",
 }  # fmt: skip
 
 
-def plot(policies: dict[str, Any], prompts: dict[str, list[Prompt]], path: Path) -> None:
+def plot(policies: dict[str, Any], completions: dict[str, Completions], path: Path) -> None:
     """Variance over the optimum's for each K, and squared gradient norms against lengths."""
     import matplotlib
 
@@ -361,7 +371,7 @@ def plot(policies: dict[str, Any], prompts: dict[str, list[Prompt]], path: Path)
         upper.set_xscale("log", base=2)
         upper.xaxis.set_major_formatter("{x:g}")
         upper.set_title(f"{policy}: variance over the optimum's, at equal scale", fontsize=9, loc="left")
-        every, generator = gather_completions(prompts[policy]), torch.Generator().manual_seed(0)
+        every, generator = completions[policy], torch.Generator().manual_seed(0)
         for label, mask, color in (("right", every.rewards == 1, "#1f5c99"), ("wrong", every.rewards != 1, "#b3441e")):
             drawn = torch.randperm(int(mask.sum()), generator=generator)[:3000]
             lengths = every.lengths[mask][drawn] + 0.7 * (torch.rand(len(drawn), generator=generator) - 0.5)
@@ -393,22 +403,18 @@ def main() -> None:
     disable_progress_bars()
     logging.disable_progress_bar()
 
-    name, split, config = parse_dataset(args.dataset)
-    problems = load_problems(name, split, config=config, num_arithmetic=args.prompts)
-    problems = problems.select(range(min(args.prompts, len(problems))))
-    policies: dict[str, Any] = {}
-    prompts: dict[str, list[Prompt]] = {}
     source = provenance()
-    with tempfile.TemporaryDirectory() as directory:
+    # A GPU is one policy's at a time; on a CPU, which small models do not fill, each core takes a policy.
+    processes = 1 if torch.cuda.is_available() else min(os.cpu_count() or 1, 4)
+    with tempfile.TemporaryDirectory() as directory, ProcessPoolExecutor(processes, get_context("spawn")) as pool:
         paths = {one: one for one in args.models} if args.models else tiny_stages(Path(directory))
-        for policy, path in paths.items():
-            print(policy, flush=True)
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-            model = model.to("cuda") if torch.cuda.is_available() else model
-            policies[policy], prompts[policy] = measure(model, AutoTokenizer.from_pretrained(path), problems, args)
-            for size in policies[policy]["group_sizes"]:
-                print(f"\nK = {size}\n\n{table(policies[policy], size)}", flush=True)
-    settings = {"dataset": args.dataset, "prompts": len(problems), "samples": args.samples, "partitions": PARTITIONS}
+        found = {policy: pool.submit(measure, policy, str(path), args) for policy, path in paths.items()}
+        policies = {policy: future.result()[0] for policy, future in found.items()}
+        completions = {policy: future.result()[1] for policy, future in found.items()}
+    for policy, summary in policies.items():
+        for size in summary["group_sizes"]:
+            print(f"\n{policy}, K = {size}\n\n{table(summary, size)}", flush=True)
+    settings = {"dataset": args.dataset, "prompts": args.prompts, "samples": args.samples, "partitions": PARTITIONS}
     report = {**source, "settings": {**settings, "seed": args.seed}, "policies": policies}
     if args.check:
         count, apart = compared(report, json.loads(args.output.read_text()))
@@ -416,7 +422,7 @@ def main() -> None:
         raise SystemExit(len(apart) > 0.01 * count)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(report, indent=1) + "\n")
-    plot(policies, prompts, args.output.with_suffix(".png"))
+    plot(policies, completions, args.output.with_suffix(".png"))
     print(f"written to {args.output} and {args.output.with_suffix('.png').name}")
 
 

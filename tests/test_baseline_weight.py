@@ -22,24 +22,23 @@ UNCERTAINTY = {"baseline_weight": "uncertainty"}
 
 
 def uncertainty(logps, trained):
-    return sum(1 - logp.exp().item() for logp, t in zip(logps, trained, strict=True) if t)
+    return sum((1 - logp.exp().item()) ** 2 for logp, t in zip(logps, trained, strict=True) if t)
 
 
-def test_its_mean_is_that_of_the_squared_norm_of_the_score():
-    """Over what the policy samples, and with respect to the logits: by enumeration of a vocabulary."""
-    law = torch.randn(7, 11, generator=torch.Generator().manual_seed(0)).softmax(dim=-1)  # seven tokens' laws
-    ones = torch.ones(1, 1)
-    for p in law:
-        weights = torch.stack([token_uncertainty(p[v].log().view(1, 1), ones)[0] for v in range(11)])
-        norms = (torch.eye(11) - p).square().sum(dim=1)
-        assert torch.allclose(p @ weights, p @ norms)
-        assert not torch.allclose(weights, norms), "equal in the mean only"
+@pytest.mark.parametrize("sharpness", [0.1, 1.0, 10.0])
+def test_it_is_the_squared_norm_of_the_score_up_to_a_factor_of_two(sharpness):
+    """With respect to the logits; every token of a vocabulary, from nearly uniform laws to nearly certain ones."""
+    law = (sharpness * torch.randn(50, 11, generator=torch.Generator().manual_seed(0))).double().softmax(dim=-1)
+    norms = (torch.eye(11) - law.unsqueeze(1)).square().sum(dim=2)  # (50, 11): of the score of each token
+    weights = token_uncertainty(law.log().view(-1, 1), torch.ones(550, 1)).view(50, 11)
+    assert (weights <= norms * (1 + 1e-4)).all()
+    assert (norms <= 2 * weights * (1 + 1e-4) + 1e-12).all()
 
 
 def test_masked_tokens_do_not_count_and_sure_ones_hardly():
-    logps = torch.tensor([[0.5, 0.9, 0.1], [1.0, 1 - 1e-7, 1.0]], dtype=torch.float64).log()
+    logps = torch.tensor([[0.5, 0.9, 0.1], [1.0, 1 - 1e-5, 1.0]], dtype=torch.float64).log()
     mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
-    assert token_uncertainty(logps, mask).tolist() == pytest.approx([0.6, 1e-7], rel=1e-2)
+    assert token_uncertainty(logps, mask).tolist() == pytest.approx([0.26, 1e-10], rel=1e-2)
 
 
 @pytest.mark.parametrize(("batch_size", "accumulation"), [(24, 1), (6, 4), (1, 24)])

@@ -22,7 +22,7 @@ def made_up_prompt(count=64, dimensions=5, seed=0):
     gradients *= lengths.sqrt().unsqueeze(1)
     rewards = (torch.rand(count, generator=generator) < lengths / 25).double()
     squared_norms = gradients.square().sum(dim=1)
-    facts = Completions(rewards, lengths, squared_norms / 2, squared_norms / 3, squared_norms)
+    facts = Completions(rewards, lengths, *(squared_norms / n for n in (2, 3, 4)), squared_norms)
     return Prompt(facts, gradients @ gradients.T), gradients
 
 
@@ -40,14 +40,14 @@ def test_gradients_are_those_of_the_summed_log_probability():
         expected.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
         # the score with respect to the logits is the one-hot vector minus the probabilities
         one_hot = torch.nn.functional.one_hot(torch.tensor(completion), law.size(1))
-        uncertain.append(((one_hot - law.exp()).square().sum().item(), (1 - logps.exp()).sum().item()))
+        left = 1 - logps.detach().exp()
+        uncertain.append([(one_hot - law.detach().exp()).square().sum(), left.square().sum(), left.sum()])
     stacked = torch.stack(expected).double()
     assert torch.allclose(found.inner_products, stacked @ stacked.T, rtol=1e-4)
     assert torch.allclose(found.completions.squared_norms, stacked.square().sum(dim=1), rtol=1e-4)
     assert found.completions.lengths.tolist() == [3, 2, 5]
-    logit_norms, surprises = zip(*uncertain, strict=True)
-    assert found.completions.logit_norms.tolist() == pytest.approx(logit_norms, rel=1e-4)
-    assert found.completions.surprises.tolist() == pytest.approx(surprises, rel=1e-4)
+    weights = (found.completions.logit_norms, found.completions.uncertainties, found.completions.surprises)
+    assert torch.allclose(torch.stack(weights, dim=1).float(), torch.tensor(uncertain), rtol=1e-4)
 
 
 def test_hashed_gradients_keep_their_inner_products(monkeypatch):
@@ -95,7 +95,7 @@ def test_the_group_mean_is_leave_one_out_shrunk():
 
 def test_weights_in_proportion_make_the_same_baseline():
     found = group_statistics(made_up_prompt()[0], 4, torch.Generator().manual_seed(0))
-    for name in ("logit norm", "1 - pi"):
+    for name in ("logit norm", "uncertainty", "1 - pi"):
         assert torch.allclose(found[name], found["exact"]), "made up as multiples of the squared norms"
 
 
@@ -117,7 +117,7 @@ def test_the_bias_that_is_measured_is_the_bias_of_enumeration():
     count = 4096
     rewards = (torch.arange(count) < share * count).double()
     gradients = torch.where(rewards.unsqueeze(1) == 1, right, wrong)
-    facts = Completions(rewards, 1 + 2 * rewards, *[torch.ones(count).double()] * 3)
+    facts = Completions(rewards, 1 + 2 * rewards, *[torch.ones(count).double()] * 4)
     found = group_statistics(Prompt(facts, gradients @ gradients.T), 2, torch.Generator().manual_seed(0))["OPO"]
     assert (found[2] / found[3]).item() == pytest.approx(expected_scale, abs=0.02)
 

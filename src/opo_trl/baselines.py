@@ -90,9 +90,9 @@ def takes_part(rewards: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:  #
 
 def token_uncertainty(logps: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:  # (B, C), (B, C) -> (B,)
     r"""
-    `sum_t (1 - pi(y_t))`, a weight in place of the length: sure tokens have next to no gradient (arXiv 2602.07078).
+    `sum_t (1 - pi(y_t))^2`, a weight in place of the length: tokens that the policy is sure of have hardly a gradient.
 
-    A token's score with respect to the logits has the squared norm `1 - 2 pi(y_t) + sum_v pi(v)^2`. Over `y_t` both
-    have the mean `1 - sum_v pi(v)^2`, and this one takes nothing but the log-probabilities of the tokens themselves.
+    The squared norm of a token's score with respect to the logits, `(1 - pi(y_t))^2 + sum_{v != y_t} pi(v)^2` (the
+    weight of arXiv 2602.07078), is between once and twice this, which takes the tokens' own log-probabilities alone.
     """
-    return (-torch.expm1(logps.float()) * loss_mask).sum(dim=1)
+    return (torch.expm1(logps.float()).square() * loss_mask).sum(dim=1)

@@ -77,7 +77,7 @@ class OPOConfig(GRPOConfig):
             is OPO; `0.0` is the group mean.
         baseline_weight (`str`, *optional*, defaults to `"length"`):
             What the baseline weighs completions by. `"length"` is the paper's. `"uncertainty"` is
-            [`~opo_trl.baselines.token_uncertainty`], `sum_t (1 - pi(y_t))`, which follows a completion's squared
+            [`~opo_trl.baselines.token_uncertainty`], `sum_t (1 - pi(y_t))^2`, which follows a completion's squared
             gradient norm more closely where some tokens are sure and others are not. It costs a forward pass without
             gradient of the completions that are trained, and nothing where vLLM's log-probabilities are at hand.
         skip_uninformative (`bool`, *optional*, defaults to `True`):
@@ -117,7 +117,7 @@ class OPOConfig(GRPOConfig):
     )
     baseline_weight: str = field(
         default="length",
-        metadata={"help": "Weight in the baseline: 'length' (OPO), or 'uncertainty', the sum of 1 - pi over tokens."},
+        metadata={"help": "Weight in the baseline: 'length' (OPO), or 'uncertainty', the sum of (1 - pi)^2."},
     )
     skip_uninformative: bool = field(
         default=True,
