@@ -19,10 +19,10 @@ completions, with every baseline on the same groups.
 - Intervals are 95 % percentile bootstraps over prompts, of ratios too.
 
 Weights of the baseline, besides powers of the length: "logit norm" is sum_t (1 - 2 pi(y_t) + sum_v pi(v)^2), the
-squared norm of the score with respect to the logits (arXiv 2602.07078). "uncertainty" is sum_t (1 - pi(y_t))^2,
-between half and all of it, and "1 - pi" is sum_t (1 - pi(y_t)), whose mean over y_t is that of the logit norm: both need
-no more than the tokens' own probabilities. "exact" is the true |g_i|^2 (Eq. 9) of the K completions themselves.
-"optimum" is the best constant for the prompt, from all its samples.
+squared norm of the score with respect to the logits (arXiv 2602.07078). "uncertainty" is sum_t (1 - pi(y_t))^2, between
+half and all of that, and "1 - pi" is sum_t (1 - pi(y_t)), which has the same mean over y_t: both need no more than the
+tokens' own probabilities. "exact" is the true |g_i|^2 (Eq. 9) of the K completions themselves. "optimum" is the best
+constant for the prompt, from all its samples.
 """
 
 import argparse
