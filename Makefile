@@ -6,6 +6,7 @@
 #   make test-vllm those that need vLLM, in an environment of their own (Linux; 2 GB)
 #   make benchmark the update and the reward against TRL's, about 27 minutes
 #   make engines-table how far each engine ends from one process, 2 minutes
+#   make docs      the documentation as a site, in site/index.html
 #   make check     ruff and mypy
 #   make format    let ruff rewrite what it can
 
@@ -20,7 +21,7 @@ VLLM_READY := $(VLLM_VENV)/.ready
 
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: train test test-slow test-vllm benchmark engines-table check format setup clean
+.PHONY: train test test-slow test-vllm benchmark engines-table docs check format setup clean
 
 train: $(READY)
 	PYTHONWARNINGS=ignore::FutureWarning $(BIN)/accelerate launch \
@@ -34,6 +35,10 @@ test-slow: $(ENGINES_READY)
 
 test-vllm: $(VLLM_READY)
 	$(VLLM_VENV)/bin/python -m pytest tests/test_vllm.py
+
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "The documentation is in site/index.html"
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -51,7 +56,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), 'Python 3.11 or newer is needed, this is ' + sys.version"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(TORCH)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[wandb,plot,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[wandb,plot,dev,docs]"
 	touch $@
 
 # DeepSpeed is built against the torch that is there, so it comes after it and without build isolation.
@@ -77,4 +82,4 @@ benchmark: $(READY)
 	$(BIN)/python benchmarks/reward_throughput.py --json
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) outputs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) outputs site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
