@@ -1,31 +1,17 @@
 """The figures in README and docs are those that the benchmarks wrote to `benchmarks/results`."""
 
+import importlib.util
 import json
-import re
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+import pytest
+
+from pages import ROOT, page, tables, the_table
+
 README = (ROOT / "README.md").read_text()
 
 
 def results(name):
     return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
-
-
-def page(name):
-    return (ROOT / "docs" / f"{name}.md").read_text()
-
-
-def tables(text):
-    """Every table of a page as rows of cells without bold; the row of dashes left out."""
-    found = re.findall(r"(?:^\|.*\|\n)+", text, re.MULTILINE)
-    split = [[row.replace("**", "")[1:-1].split("|") for row in table.splitlines()] for table in found]
-    return [[[cell.strip() for cell in row] for row in table if "---" not in row[0]] for table in split]
-
-
-def the_table(text, first_heading):
-    (table,) = [table for table in tables(text) if table[0][0] == first_heading]
-    return table[1:]
 
 
 def update_row(case):
@@ -65,6 +51,26 @@ def test_the_updates_headlines():
     assert f"{half['memory_ratio']:.0%} and {none['memory_ratio']:.0%}".replace("%", " %") in " ".join(README.split())
     worst = max(case["gradient_error"] for case in results("update_phase")["cases"])
     assert f"Gradients differ by at most {worst:.0e}".replace("e-0", "e-") in text
+
+
+@pytest.mark.slow
+def test_the_simulated_ranks():
+    spec = importlib.util.spec_from_file_location("rank_balance", ROOT / "benchmarks" / "rank_balance.py")
+    rank_balance = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(rank_balance)
+
+    def speedups(case, uninformative=0.5):
+        ranks, rows, micro_batches = (int(word) for word in case.replace(" x ", ", ").split(", "))
+        found = rank_balance.simulate(ranks, rows, micro_batches, uninformative)
+        return [found[f"{plan}, {engine}"] for engine in ("DDP", "ZeRO-3") for plan in ("own rows", "dealt")]
+
+    for case, *cells in the_table(page("update"), "ranks x rows, micro-batches"):
+        assert cells == [f"{value:.2f}x" for value in speedups(case)], case
+    eight = [[f"{value:.1f}x" for value in speedups("8 x 64, 8", uninformative)] for uninformative in (0.5, 0.0)]
+    readme = the_table(README, "half of the groups have nothing to learn from")
+    assert [row[2] for row in readme] == [f"{dealt} (DDP), {sharded} (ZeRO-3, FSDP)" for _, dealt, _, sharded in eight]
+    shares, efficiencies = next(table for table in tables(page("update")) if table[0][0].startswith("share of TRL's"))
+    assert efficiencies[1:] == [f"{rank_balance.token_efficiency(float(share)):.3f}" for share in shares[1:]]
 
 
 def test_the_reward():
