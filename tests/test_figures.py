@@ -149,7 +149,11 @@ def evaluation_rows():
 
 
 def test_the_evaluation():
-    assert tables(page("evaluation"))[0] == [["", "before", "after", "difference"], *evaluation_rows()]
+    rows = evaluation_rows()
+    assert tables(page("evaluation"))[0] == [["", "before", "after", "difference"], *rows]
+    before_and_after = {row[0]: f"from {row[1].split()[0]} to {row[2].split()[0]} %" for row in rows}
+    text = " ".join(README.split())
+    assert f"pass@1 goes {before_and_after['pass@1 (%)']}, pass@8 {before_and_after['pass@8 (%)']}" in text
 
 
 def test_the_tutorial():
