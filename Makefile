@@ -10,6 +10,7 @@
 #   make test-build   install the wheel in a clean environment, and run README's Python there; 5 minutes
 #   make benchmark the update and the reward against TRL's, about 27 minutes
 #   make engines-table how far each engine ends from one process, 2 minutes
+#   make docs      the documentation as a site, in site/index.html
 #   make check     ruff and mypy
 #   make format    let ruff rewrite what it can
 
@@ -26,7 +27,8 @@ TRL ?= newest-trl
 
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: train test test-slow test-vllm test-lowest test-trl build test-build benchmark engines-table check format setup clean
+.PHONY: train test test-slow test-vllm test-lowest test-trl build test-build benchmark engines-table docs \
+	check format setup clean
 
 train: $(READY)
 	PYTHONWARNINGS=ignore::FutureWarning $(BIN)/accelerate launch \
@@ -63,6 +65,10 @@ test-build: build
 	$(BUILD_VENV)/bin/python -m pip install --quiet --constraint constraints.txt "$$(echo dist/*.whl)[dev,plot]"
 	$(BUILD_VENV)/bin/python tests/check_distributions.py dist
 
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "The documentation is in site/index.html"
+
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -79,7 +85,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), 'Python 3.11 or newer is needed, this is ' + sys.version"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(TORCH)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[wandb,plot,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[wandb,plot,dev,docs]"
 	touch $@
 
 # DeepSpeed is built against the torch that is there, so it comes after it and without build isolation.
@@ -105,4 +111,5 @@ benchmark: $(READY)
 	$(BIN)/python benchmarks/reward_throughput.py --json
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(BUILD_VENV) .venv-lowest .venv-trl-* outputs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(BUILD_VENV) .venv-lowest .venv-trl-* outputs site build dist
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
