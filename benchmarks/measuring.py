@@ -1,5 +1,6 @@
 """What benchmarks share: where a number comes from, and a policy's samples with what is measured of them."""
 
+import os
 import platform
 import subprocess
 import sys
@@ -8,19 +9,21 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
 import torch
 from datasets import Dataset
 
+from judging import judge
 from opo_trl.evaluation import Record, sequence_kl
 from opo_trl.evaluation.sampling import TransformersSampler, record_seed, tokenize_prompt
 from opo_trl.evaluation.scoring import score_completions
-from opo_trl.rewards import math_verify_reward
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def provenance() -> dict[str, Any]:
-    """Command, commit, hardware and versions, for the head of a result file."""
+def provenance(*packages: str) -> dict[str, Any]:
+    """Command, commit, hardware and versions of what was measured, for the head of a result file."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=RESULTS, capture_output=True, text=True, check=False)
     changed = subprocess.run(
         ["git", "status", "--porcelain", "--untracked-files=no", "--", "../../src", "../../examples", ".."],
@@ -29,19 +32,19 @@ def provenance() -> dict[str, Any]:
     return {
         "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "commit": commit.stdout.strip() + (" with changes" if changed.stdout.strip() else ""),
-        "hardware": processor(),
-        "versions": {name: version(name) for name in ("opo-trl", "trl", "transformers", "torch")},
+        "hardware": hardware(),
+        "versions": {name: version(name) for name in ("opo-trl", "trl", "transformers", "torch", *packages)},
     }
 
 
-def processor() -> str:
-    """Name of the GPU, or of the processor."""
+def hardware() -> str:
+    """Name of the GPU, or of the processor with the number of its threads."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name(0)
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0]}, {len(names)} cores" if names else platform.processor()
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} threads"
 
 
 def sample_records(
@@ -84,22 +87,7 @@ def sample_records(
         batch = rows[start : start + batch_size]
         prompts = [tokenize_prompt(tokenizer, row["prompt"]) for row, _ in batch]
         completions = sampler.sample(prompts, [record_seed(seed, row["id"], sample) for row, sample in batch])
-        noted: dict[str, list[Any]] = {}
-        rewards = math_verify_reward(
-            [completion.text for completion in completions],
-            [row["solution"] for row, _ in batch],
-            prompts=[row["prompt"] for row, _ in batch],
-            log_extra=noted.__setitem__,
-        )
-        records += [
-            Record(
-                problem=row["id"], sample=sample, solution=row["solution"], completion=completion.text,
-                token_ids=completion.token_ids, truncated=completion.truncated, answer=answer, reward=reward,
-            )
-            for (row, sample), completion, answer, reward in zip(
-                batch, completions, noted["answer"], rewards, strict=True
-            )
-        ]  # fmt: skip
+        records += judge(batch, completions)
         if base is not None:
             _add_shift(records[start:], prompts, model, base)
     return records
