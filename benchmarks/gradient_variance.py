@@ -148,32 +148,37 @@ def group_statistics(prompt: Prompt, group_size: int, generator: torch.Generator
     facts, products = prompt.completions, prompt.inner_products
     count = len(facts.rewards)
     best = float(optimal_baseline(facts.rewards[None], facts.squared_norms[None]))
-    totals = {name: torch.zeros(4, dtype=torch.float64) for name in BASELINES}
+    totals = torch.zeros(len(BASELINES), 4, dtype=torch.float64)
     for _ in range(PARTITIONS):
         groups = torch.randperm(count, generator=generator)[: count // group_size * group_size].view(-1, group_size)
         half = len(groups) // 2
-        halves = (groups[:half], groups[half : 2 * half])
-        # The gradient as weights of the completions' gradients, in each half: the leave-one-out mean has no bias.
+        halves = (groups[:half].flatten(), groups[half : 2 * half].flatten())
+        # Estimates, means of estimates and the gradient, all as weights of the completions' gradients.
+        group = facts.take(groups)
+        weights = torch.stack([group.rewards - baseline(group, best) for baseline in BASELINES.values()]) / group_size
+        overall = torch.zeros(len(BASELINES), count, dtype=torch.float64)
+        overall[:, groups.flatten()] = weights.flatten(1) / len(groups)
+        means = torch.zeros(2, len(BASELINES), count, dtype=torch.float64)
         gradient = torch.zeros(2, count, dtype=torch.float64)
         for part, members in enumerate(halves):
-            rewards = facts.rewards[members.flatten()][None]
-            gradient[part, members.flatten()] = ((rewards - leave_one_out(rewards)) / members.numel())[0]
-        true = gradient @ products
+            means[part][:, members] = overall[:, members] * len(groups) / half
+            rewards = facts.rewards[members][None]
+            gradient[part, members] = ((rewards - leave_one_out(rewards)) / members.numel())[0]  # without bias
         blocks = products[groups[:, :, None], groups[:, None, :]]  # (G, K, K)
-        group = facts.take(groups)
-        for name, baseline in BASELINES.items():
-            weights = (group.rewards - baseline(group, best)) / group_size  # (G, K)
-            overall = torch.zeros(count, dtype=torch.float64)
-            overall[groups.flatten()] = weights.flatten() / len(groups)
-            means = torch.zeros(2, count, dtype=torch.float64)
-            for part, members in enumerate(halves):
-                means[part, members.flatten()] = overall[members.flatten()] * len(groups) / half
-            squares = torch.einsum("gi,gij,gj->g", weights, blocks, weights)
-            variance = (squares.mean() - overall @ products @ overall) * len(groups) / (len(groups) - 1)
-            with_itself = means[0] @ products @ means[1]
-            with_gradient = (true[0] @ means[1] + true[1] @ means[0]) / 2
-            totals[name] += torch.stack([variance, with_itself, with_gradient, true[0] @ gradient[1]])
-    return {name: total / PARTITIONS for name, total in totals.items()}
+        by_group = weights.transpose(0, 1)  # (G, B, K)
+        squares = ((by_group @ blocks) * by_group).sum(dim=2)  # (G, B)
+        of_mean = ((overall @ products) * overall).sum(dim=1)
+        true = gradient @ products
+        totals += torch.stack(
+            [
+                (squares.mean(dim=0) - of_mean) * len(groups) / (len(groups) - 1),
+                ((means[0] @ products) * means[1]).sum(dim=1),
+                (means[1] @ true[0] + means[0] @ true[1]) / 2,
+                (true[0] @ gradient[1]).expand(len(BASELINES)),
+            ],
+            dim=1,
+        )
+    return dict(zip(BASELINES, totals / PARTITIONS, strict=True))
 
 
 def estimate(function: Callable[[torch.Tensor], torch.Tensor], values: torch.Tensor, seed: int = 0) -> dict[str, float]:
