@@ -200,3 +200,12 @@ def test_checkpoints_and_gradient_norm():
     assert parameters(GRPOTrainer._push_from_checkpoint) == ["self", "checkpoint_folder"]
     assert parameters(GRPOTrainer._get_grad_norm) == ["self", "model", "grad_norm"]
     assert parameters(GRPOTrainer.train)[1] == "resume_from_checkpoint"
+    assert parameters(GRPOTrainer.training_step) == ["self", "model", "inputs", "num_items_in_batch"]
+
+
+def test_what_saving_looks_at(tmp_path):
+    trainer = scripted_trainer(tmp_path)
+    assert trainer.is_distributed_loading_by_transformers is False
+    assert trainer.state.best_global_step is None
+    assert trainer.accelerator.mixed_precision == "no"
+    assert trainer.accelerator.scaler is None
