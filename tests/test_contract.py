@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from transformers import GenerationConfig, TrainingArguments
+from transformers.integrations.integration_utils import WandbCallback
 from trl import GRPOConfig, GRPOTrainer
 
 import opo_trl
@@ -209,3 +210,8 @@ def test_what_saving_looks_at(tmp_path):
     assert trainer.state.best_global_step is None
     assert trainer.accelerator.mixed_precision == "no"
     assert trainer.accelerator.scaler is None
+
+
+def test_the_wandb_callback_starts_its_run_in_setup():
+    assert parameters(WandbCallback.setup) == ["self", "args", "state", "model", "kwargs"]
+    assert "if self._wandb.run is None" in inspect.getsource(WandbCallback.setup), "a run that is there must be kept"

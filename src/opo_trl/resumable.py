@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,14 @@ from datasets import Dataset
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.nn.parallel import DistributedDataParallel
+from transformers.integrations.integration_utils import WandbCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import GRPOTrainer
 
 from .checkpoints import mark_whole, newest_whole, unmark
 from .epoch_order import EpochOrder
 from .preemption import EXIT_CODE, Preemption
+from .tracking import ContinuedWandb
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +39,7 @@ class ResumableTrainer(GRPOTrainer):
     4. An evaluation before training does not keep gradients from being averaged.
     5. After a SIGTERM the run saves at the next step boundary, all ranks alike, and exits with code 75, without
        evaluating or pushing ([`~opo_trl.preemption.Preemption`]).
+    6. A resumed run goes on in its checkpoint's Weights & Biases run ([`~opo_trl.tracking.ContinuedWandb`]).
     """
 
     model: Any
@@ -47,6 +50,16 @@ class ResumableTrainer(GRPOTrainer):
         self._loss_of_step = torch.zeros(())  # of this rank, so far
         self._preemption = Preemption(self._any_rank)
         self.add_callback(self._preemption)
+        self._wandb: ContinuedWandb | None = None
+        theirs = [callback for callback in self.callback_handler.callbacks if type(callback) is WandbCallback]
+        if theirs:
+            self._wandb = ContinuedWandb(self._describe)
+            self.remove_callback(theirs[0])
+            self.add_callback(self._wandb)
+
+    def _describe(self) -> Mapping[str, Any]:
+        """What a tracked run's config says besides the training arguments."""
+        return {}
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """
@@ -68,6 +81,8 @@ class ResumableTrainer(GRPOTrainer):
         self._forget_evaluation()
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self._newest_whole_checkpoint()
+        if self._wandb is not None and resume_from_checkpoint:
+            self._wandb.go_on_from(Path(resume_from_checkpoint))
         self._loss_of_step = torch.zeros(())
         with self._preemption.listening():
             output = super().train(resume_from_checkpoint, *args, **kwargs)
@@ -102,6 +117,8 @@ class ResumableTrainer(GRPOTrainer):
         limit, self.args.save_total_limit = self.args.save_total_limit, None  # nothing is deleted before this is whole
         failure: BaseException | None = None
         try:
+            if self._wandb is not None and self.accelerator.is_main_process:
+                self._wandb.keep_run(directory)
             super()._save_checkpoint(model, trial)
         except CheckpointNotSaved:
             raise

@@ -23,6 +23,7 @@ from .resumable import ResumableTrainer
 from .sampler import law_changes
 from .sampler_correction import correct_sampler
 from .step_statistics import StepStatistics
+from .tracking import versions
 
 # What a rollout batch of text consists of: one row per completion, or one number for the whole batch.
 _ROW_TENSORS = (
@@ -172,6 +173,17 @@ class OPOTrainer(ResumableTrainer):
         self.args.check_contract()
         self._check_sampler()
         return super().train(*args, **kwargs)
+
+    def _describe(self) -> dict[str, Any]:
+        return {
+            "opo": {
+                "exactly_on_policy": True,
+                "baseline": "sum(l ** length_exponent * r) / sum(l ** length_exponent)",
+                "length_exponent": self.args.length_exponent,
+                "contract": self.args.contract(),
+                "versions": versions("opo-trl", "trl", "transformers", "torch"),
+            }
+        }
 
     def _check_sampler(self) -> None:
         """Refuse a generation config that, merged as the backend merges it, samples from another law."""
