@@ -18,7 +18,7 @@ from engines import (
 from opo_trl.checkpoints import newest_whole, what_is_missing
 from tiny import SCRIPT
 
-QUICK = ["full", "full, evaluated first", "LoRA", "one micro-batch", "dr_grpo", "idle rank"]
+QUICK = ["full", "full, evaluated first", "full, uncertainty", "LoRA", "one micro-batch", "dr_grpo", "idle rank"]
 PREEMPTED = ["preempted", "preempted, LoRA"]
 FULL_DISK = "full disk on rank 1"
 

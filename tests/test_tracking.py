@@ -114,7 +114,7 @@ def test_the_config_tells_the_settings_and_the_contract(runs):
     assert (config["learning_rate"], config["length_exponent"]) == (1e-2, 1.0)
     opo = config["opo"]
     assert opo["exactly_on_policy"] is True
-    assert opo["length_exponent"] == 1.0
+    assert (opo["baseline_weight"], opo["length_exponent"]) == ("length", 1.0)
     assert (opo["contract"]["num_iterations"], opo["contract"]["beta"], opo["contract"]["epsilon"]) == (1, 0.0, None)
     assert opo["contract"]["steps_per_generation"] == opo["contract"]["gradient_accumulation_steps"] == 4
     assert set(opo["versions"]) == {"opo-trl", "trl", "transformers", "torch"}
