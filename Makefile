@@ -4,8 +4,13 @@
 #   make test      the quick tests
 #   make test-slow the slow ones
 #   make test-vllm those that need vLLM, in an environment of their own (Linux; 2 GB)
+#   make test-lowest  on the lowest versions that pyproject.toml admits, in an environment of their own
+#   make test-trl  on the newest TRL, if it is not the tested one; TRL=1.17.0 names another
+#   make build     wheel and sdist, in dist/
+#   make test-build   install the wheel in a clean environment, and run README's Python there; 5 minutes
 #   make benchmark the update and the reward against TRL's, about 27 minutes
 #   make engines-table how far each engine ends from one process, 2 minutes
+#   make docs      the documentation as a site, in site/index.html
 #   make check     ruff and mypy
 #   make format    let ruff rewrite what it can
 
@@ -17,10 +22,13 @@ READY := $(VENV)/.ready
 ENGINES_READY := $(VENV)/.engines-ready
 VLLM_VENV := .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.ready
+BUILD_VENV := .venv-build
+TRL ?= newest-trl
 
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: train test test-slow test-vllm benchmark engines-table check format setup clean
+.PHONY: train test test-slow test-vllm test-lowest test-trl build test-build benchmark engines-table docs \
+	check format setup clean
 
 train: $(READY)
 	PYTHONWARNINGS=ignore::FutureWarning $(BIN)/accelerate launch \
@@ -34,6 +42,32 @@ test-slow: $(ENGINES_READY)
 
 test-vllm: $(VLLM_READY)
 	$(VLLM_VENV)/bin/python -m pytest tests/test_vllm.py
+
+test-lowest: $(READY)
+	.ci/test_versions lowest
+
+test-trl: $(READY)
+	.ci/test_versions $(TRL)
+
+# Both straight from the tree; `make test-build` compares the wheel with the one that the sdist builds.
+build: $(READY)
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --sdist --wheel
+
+# README's Python runs before the tests' own packages are there: the wheel must bring all that it needs.
+test-build: build
+	rm -rf $(BUILD_VENV)
+	$(PYTHON) -m venv $(BUILD_VENV)
+	$(BUILD_VENV)/bin/python -m pip install --quiet --constraint constraints.txt $(TORCH)
+	$(BUILD_VENV)/bin/python -m pip install --quiet --constraint constraints.txt dist/*.whl
+	$(BUILD_VENV)/bin/python -m pip install --quiet --constraint constraints.txt markdown-it-py
+	$(BUILD_VENV)/bin/python -Wignore tests/code_blocks.py README.md
+	$(BUILD_VENV)/bin/python -m pip install --quiet --constraint constraints.txt "$$(echo dist/*.whl)[dev,plot]"
+	$(BUILD_VENV)/bin/python tests/check_distributions.py dist
+
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "The documentation is in site/index.html"
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -51,7 +85,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), 'Python 3.11 or newer is needed, this is ' + sys.version"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(TORCH)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[wandb,plot,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[wandb,plot,dev,docs]"
 	touch $@
 
 # DeepSpeed is built against the torch that is there, so it comes after it and without build isolation.
@@ -77,4 +111,5 @@ benchmark: $(READY)
 	$(BIN)/python benchmarks/reward_throughput.py --json
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) outputs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(BUILD_VENV) .venv-lowest .venv-trl-* outputs site build dist
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -37,22 +37,22 @@ sys.path.insert(0, str(HERE))
 import torch
 from accelerate import PartialState
 from datasets import Dataset, disable_progress_bars
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 from trl import TrlParser
 
-from evaluation_report import write_report
+from evaluation_report import Metrics, write_report
+from judging import judge
 from opo_trl.data import INSTRUCTION
-from opo_trl.evaluation import average, problem_metrics, sequence_kl
+from opo_trl.evaluation import Record, average, problem_metrics, sequence_kl
 from opo_trl.evaluation.records_file import append_records, merge_parts, part_path, read_parts, read_records
 from opo_trl.evaluation.sampling import TransformersSampler, record_seed, tokenize_prompt
 from opo_trl.evaluation.scoring import score_completions
-from opo_trl.rewards import math_verify_reward
+from policies import Checkpoint, find_checkpoints, short_name
 from problems import fit_to_tokenizer, load_problems, parse_dataset
 
 QUICKSTART = HERE / "configs" / "evaluate_quickstart.yaml"
-EMBEDDED_MODEL = "tiny_policy"
 BACKENDS = ("auto", "vllm", "transformers")
 
 
@@ -137,39 +137,6 @@ class Task:
     num_samples: int
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A model to measure: `base` is the model under an adapter, else the model itself."""
-
-    label: str
-    path: str
-    base: str
-
-    @property
-    def is_adapter(self) -> bool:
-        return self.base != self.path
-
-
-def find_checkpoints(model: str, last: int) -> list[Checkpoint]:
-    """The checkpoints that a name on the command line stands for: itself, or the last ones of a training run."""
-    label, path = _label(model), HERE / EMBEDDED_MODEL if model == EMBEDDED_MODEL else Path(model)
-    if not path.is_dir():
-        return [Checkpoint(label, model, model)]
-    steps = sorted(int(folder.name.split("-")[1]) for folder in path.glob("checkpoint-[0-9]*"))
-    if last and steps:
-        if len(steps) < last:
-            raise ValueError(f"--last_checkpoints must be at most {len(steps)}, what {model} holds, got {last}.")
-        folders = {f"{label}-checkpoint-{step}": path / f"checkpoint-{step}" for step in steps[-last:]}
-    elif (path / "config.json").is_file() or (path / "adapter_config.json").is_file():
-        folders = {label: path}
-    else:
-        raise ValueError(
-            f"A model directory must hold a model or an adapter, and {model} holds neither. It holds {len(steps)} "
-            "checkpoints; --last_checkpoints N measures the last N."
-        )
-    return [Checkpoint(name, str(folder), _base_of(folder)) for name, folder in folders.items()]
-
-
 def load_tasks(args: EvaluationArguments) -> list[Task]:
     """Load every dataset."""
     tasks = []
@@ -187,7 +154,7 @@ def load_tasks(args: EvaluationArguments) -> list[Task]:
         )
         if args.num_problems is not None:
             problems = problems.select(range(min(args.num_problems, len(problems))))
-        label = Path(name).stem if Path(name).is_file() else _label(specification)
+        label = Path(name).stem if Path(name).is_file() else short_name(specification)
         tasks.append(Task(label, problems, num_samples))
     return tasks
 
@@ -196,7 +163,7 @@ def complete(
     path: Path,
     units: list[list[tuple[int, int]]],
     ids: Sequence[str],
-    work: Callable[[list[tuple[int, int]]], list[dict[str, Any]]],
+    work: Callable[[list[tuple[int, int]]], Sequence[Any]],
     what: str,
     state: PartialState,
 ) -> None:
@@ -263,39 +230,17 @@ def records_path(args: EvaluationArguments, checkpoint: Checkpoint, task: Task) 
 
 def sample_task(policy: Policy, task: Task, args: EvaluationArguments, state: PartialState) -> None:
     """Sample and judge the completions of one checkpoint on one dataset."""
-    problems = fit_to_tokenizer(task.problems, policy.tokenizer)
-    ids, solutions = list(problems["id"]), list(problems["solution"])
-    texts = list(problems["prompt"])
-    prompts = [tokenize_prompt(policy.tokenizer, text) for text in texts]
+    problems = list(fit_to_tokenizer(task.problems, policy.tokenizer))
+    ids = [problem["id"] for problem in problems]
+    prompts = [tokenize_prompt(policy.tokenizer, problem["prompt"]) for problem in problems]
     # Prompts of like lengths share a batch, the longest first, as they take longest.
     order = sorted(range(len(ids)), key=lambda number: (-len(prompts[number]), number))
     rows = [(number, sample) for number in order for sample in range(task.num_samples)]
 
-    def work(unit: list[tuple[int, int]]) -> list[dict[str, Any]]:
+    def work(unit: list[tuple[int, int]]) -> list[Record]:
         seeds = [record_seed(args.seed, task.label, ids[number], sample) for number, sample in unit]
         completions = policy.sampler.sample([prompts[number] for number, _ in unit], seeds)
-        noted: dict[str, list[Any]] = {}
-        rewards = math_verify_reward(
-            [completion.text for completion in completions],
-            [solutions[number] for number, _ in unit],
-            prompts=[texts[number] for number, _ in unit],  # a formula copied from the problem is no answer
-            log_extra=noted.__setitem__,
-        )
-        return [
-            {
-                "problem": ids[number],
-                "sample": sample,
-                "solution": solutions[number],
-                "completion": completion.text,
-                "token_ids": completion.token_ids,
-                "truncated": completion.truncated,
-                "answer": answer,
-                "reward": reward,
-            }
-            for (number, sample), completion, answer, reward in zip(
-                unit, completions, noted["answer"], rewards, strict=True
-            )
-        ]
+        return judge([(problems[number], sample) for number, sample in unit], completions)
 
     path = records_path(args, policy.checkpoint, task)
     facts = {**_sampling_facts(policy.checkpoint, args), "problems": _digest(problems), "samples": task.num_samples}
@@ -331,7 +276,7 @@ def score_task(
     path = Path(args.output_dir) / "scores" / policy.checkpoint.label / f"{task.label}.jsonl"
     facts = {
         **_sampling_facts(policy.checkpoint, args),
-        "base": _fingerprint(base.checkpoint),
+        "base": base.checkpoint.fingerprint(),
         "completions": _digest(records),
     }
     check_settings(path, facts, state)
@@ -361,6 +306,59 @@ def use_vllm(args: EvaluationArguments) -> bool:
     return args.backend == "vllm" or (args.backend == "auto" and importlib.util.find_spec("vllm") is not None)
 
 
+def claim_gpu(state: PartialState) -> None:
+    """Show this process its own GPU alone: its vLLM engine takes the first that it sees."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    index = state.device.index or 0
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[index] if visible else str(index)
+
+
+def check_names(what: str, names: Sequence[str], given: Sequence[str]) -> None:
+    """Names become folders and rows of a table, so that no two may be the same."""
+    if len(set(names)) != len(given):
+        raise ValueError(f"--{what} must differ from each other in name, got {given}.")
+
+
+def sample_all(
+    checkpoints: Sequence[Checkpoint], tasks: list[Task], args: EvaluationArguments, state: PartialState
+) -> None:
+    """Sample from every checkpoint before any is scored: an engine wants the memory that scoring would hold."""
+    for checkpoint in checkpoints:
+        state.print(f"sampling from {checkpoint.label}")
+        policy = Policy(checkpoint, args, state.device)
+        for task in tasks:
+            sample_task(policy, task, args, state)
+        del policy
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def measure_all(
+    methods: dict[str, list[Checkpoint]],
+    base: Policy | None,
+    tasks: list[Task],
+    args: EvaluationArguments,
+    state: PartialState,
+) -> tuple[dict[str, dict[str, dict[str, Metrics]]], int]:
+    """Metrics by method, checkpoint and dataset (on the main process), and how many completions have no reward."""
+    metrics: dict[str, dict[str, dict[str, Metrics]]] = {}
+    unscorable = 0
+    for method, checkpoints in methods.items():
+        metrics[method] = {}
+        for checkpoint in checkpoints:
+            state.print(f"measuring {checkpoint.label}")
+            policy = Policy(checkpoint, args, state.device)
+            found = metrics[method][checkpoint.label] = {}
+            for task in tasks:
+                records = read_records(records_path(args, checkpoint, task))
+                unscorable += sum(record["reward"] is None for record in records)
+                if base is not None:
+                    records = score_task(policy, base, task, records, args, state)
+                if state.is_main_process:
+                    found[task.label] = problem_metrics(records)
+    return metrics, unscorable
+
+
 def main(arguments: list[str] | None = None) -> dict[str, Any] | None:
     start = time.perf_counter()
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -370,60 +368,29 @@ def main(arguments: list[str] | None = None) -> dict[str, Any] | None:
     transformers_logging.disable_progress_bar()
     # One process may wait hours for another's last batch.
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
-    if state.device.type == "cuda" and use_vllm(args):  # each process's engine gets the process's own GPU
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        index = state.device.index or 0
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[index] if visible else str(index)
+    if state.device.type == "cuda" and use_vllm(args):
+        claim_gpu(state)
 
-    methods = {_label(model): find_checkpoints(model, args.last_checkpoints) for model in args.models}
+    methods = {short_name(model): find_checkpoints(model, args.last_checkpoints) for model in args.models}
     tasks = load_tasks(args)
-    for what, labels, given in (
-        ("models", list(methods), args.models),
-        ("datasets", [task.label for task in tasks], args.datasets),
-    ):
-        if len(set(labels)) != len(given):
-            raise ValueError(f"--{what} must differ from each other in name, got {given}.")
+    check_names("models", list(methods), args.models)
+    check_names("datasets", [task.label for task in tasks], args.datasets)
     base = None
     if args.base_model is not None:
         (base_checkpoint,) = find_checkpoints(args.base_model, last=0)
         base = Policy(base_checkpoint, args, state.device)
 
-    # All sampling first: an engine wants the memory that scoring would hold.
-    for checkpoint in (checkpoint for checkpoints in methods.values() for checkpoint in checkpoints):
-        state.print(f"sampling from {checkpoint.label}")
-        policy = Policy(checkpoint, args, state.device)
-        for task in tasks:
-            sample_task(policy, task, args, state)
-        del policy
-        gc.collect()
-        torch.cuda.empty_cache()
-
-    metrics: dict[str, dict[str, list[Any]]] = {}  # of each method on each dataset, one entry per checkpoint
-    unscorable = 0
-    for method, checkpoints in methods.items():
-        for checkpoint in checkpoints:
-            state.print(f"measuring {checkpoint.label}")
-            policy = Policy(checkpoint, args, state.device)
-            for task in tasks:
-                records = read_records(records_path(args, checkpoint, task))
-                unscorable += sum(record["reward"] is None for record in records)
-                if base is not None:
-                    records = score_task(policy, base, task, records, args, state)
-                if state.is_main_process:
-                    metrics.setdefault(method, {}).setdefault(task.label, []).append(problem_metrics(records))
+    sample_all([checkpoint for checkpoints in methods.values() for checkpoint in checkpoints], tasks, args, state)
+    metrics, unscorable = measure_all(methods, base, tasks, args, state)
     if not state.is_main_process:
         return None
     return write_report(
         Path(args.output_dir),
-        {method: {name: average(each) for name, each in found.items()} for method, found in metrics.items()},
         {
-            method: {
-                checkpoint.label: {name: each[i] for name, each in metrics[method].items()}
-                for i, checkpoint in enumerate(checkpoints)
-            }
-            for method, checkpoints in methods.items()
-            if len(checkpoints) > 1
+            method: {task.label: average([one[task.label] for one in each.values()]) for task in tasks}
+            for method, each in metrics.items()
         },
+        {method: each for method, each in metrics.items() if len(each) > 1},
         arguments=asdict(args),
         problems={task.label: len(task.problems) for task in tasks},
         processes=state.num_processes,
@@ -436,27 +403,10 @@ def _cut(rows: list[Any], size: int) -> list[list[Any]]:
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
-def _label(name: str) -> str:
-    """A name that can be a folder's and a table's: the last two parts of a path."""
-    parts = [part for part in Path(name).parts if part not in ("/", "..", "outputs")]
-    return "-".join(parts[-2:]).replace(":", "-")
-
-
-def _base_of(folder: Path) -> str:
-    is_adapter = (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
-    return str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path) if is_adapter else str(folder)
-
-
-def _fingerprint(checkpoint: Checkpoint) -> Any:
-    """What tells a model from one trained later into the same folder."""
-    files = [file for file in sorted(Path(checkpoint.path).glob("*")) if file.suffix in (".safetensors", ".bin")]
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files] or checkpoint.path
-
-
 def _sampling_facts(checkpoint: Checkpoint, args: EvaluationArguments) -> dict[str, Any]:
     names = ("temperature", "max_new_tokens", "batch_size", "seed", "dtype")
     backend = "vllm" if use_vllm(args) else "transformers"
-    return {"model": _fingerprint(checkpoint), "backend": backend, **{name: getattr(args, name) for name in names}}
+    return {"model": checkpoint.fingerprint(), "backend": backend, **{name: getattr(args, name) for name in names}}
 
 
 def _digest(rows: Any) -> str:

@@ -114,18 +114,25 @@ def _cell(name: str, estimate: dict[str, float], mark: bool) -> str:
 
 
 def _draw(output_dir: Path, summary: dict[str, Any]) -> bool:
+    """Draw the plots; whether matplotlib is there to do so."""
     try:
         import matplotlib
     except ImportError:
         print("No plots: matplotlib is not installed (pip install 'opo-trl[plot]').")
         return False
     matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    _draw_pass_at_k(output_dir / "pass_at_k.png", summary)
+    _draw_metrics(output_dir / "metrics.png", summary)
+    if summary["checkpoints"]:
+        _draw_steps(output_dir / "steps.png", summary)
+    return True
 
-    models, tasks = summary["models"], list(summary["problems"])
-    figure, axes = plt.subplots(1, len(tasks), figsize=(4.5 * len(tasks), 3.6), layout="constrained", squeeze=False)
-    for axis, task in zip(axes[0], tasks, strict=True):
-        for number, (method, found) in enumerate(models.items()):
+
+def _draw_pass_at_k(path: Path, summary: dict[str, Any]) -> None:
+    """pass@k over k, a panel per dataset."""
+    axes = _panels(1, len(summary["problems"]), width=4.5, height=3.6)
+    for axis, task in zip(axes[0], summary["problems"], strict=True):
+        for number, (method, found) in enumerate(summary["models"].items()):
             points = {int(name[5:]): each for name, each in found[task].items() if name.startswith("pass@")}
             _points(axis, list(points), list(points.values()), method, number)
         axis.set_xscale("log", base=2)
@@ -133,48 +140,67 @@ def _draw(output_dir: Path, summary: dict[str, Any]) -> bool:
         axis.set(title=task, xlabel="k", ylabel="pass@k")
         axis.grid(alpha=0.3)
     axes[0][0].legend(fontsize=8)
-    figure.savefig(output_dir / "pass_at_k.png", dpi=140)
-    plt.close(figure)
+    _save(axes, path)
 
-    names = [name for name in next(iter(models.values()))[tasks[0]] if not name.startswith(("pass@", "maj@"))]
-    figure, axes = plt.subplots(
-        len(tasks), len(names), figsize=(2.2 * len(names), 0.9 + (0.9 + 0.3 * len(models)) * len(tasks)),
-        layout="constrained", squeeze=False, sharey=True,
-    )  # fmt: skip
+
+def _draw_metrics(path: Path, summary: dict[str, Any]) -> None:
+    """Every other metric with its interval, a row per dataset."""
+    models, tasks, names = summary["models"], list(summary["problems"]), _other_metrics(summary)
+    height = 0.9 + (0.9 + 0.3 * len(models)) * len(tasks)
+    axes = _panels(len(tasks), len(names), width=2.2, height=height / len(tasks), sharey=True)
     for row, task in zip(axes, tasks, strict=True):
         for axis, name in zip(row, names, strict=True):
             for number, found in enumerate(models.values()):
                 each = found[task][name]
                 error = [[each["mean"] - each["low"]], [each["high"] - each["mean"]]]
                 axis.errorbar(each["mean"], -number, xerr=error, fmt="o", capsize=3, color=COLORS[number % len(COLORS)])
-            axis.set_title(f"{TITLES.get(name, name)}", fontsize=9, loc="left")
+            axis.set_title(TITLES.get(name, name), fontsize=9, loc="left")
             axis.set_yticks([-i for i in range(len(models))], list(models), fontsize=8)
             axis.tick_params(axis="x", labelsize=8)
             axis.margins(y=0.3)
             axis.grid(alpha=0.3)
         row[0].set_ylabel(task, fontsize=8)
-    figure.savefig(output_dir / "metrics.png", dpi=140)
-    plt.close(figure)
+    _save(axes, path)
 
-    if summary["checkpoints"]:
-        names = ["pass@1", *names]
-        figure, axes = plt.subplots(
-            len(tasks), len(names), figsize=(2.6 * len(names), 2.4 * len(tasks)), layout="constrained", squeeze=False
-        )
-        for row, task in zip(axes, tasks, strict=True):
-            for axis, name in zip(row, names, strict=True):
-                for method, each in summary["checkpoints"].items():
-                    steps = [int(one.rsplit("-", 1)[1]) for one in each]
-                    _points(axis, steps, [one[task][name] for one in each.values()], method, list(models).index(method))
-                axis.set_title(TITLES.get(name, name), fontsize=9, loc="left")
-                axis.set_xlabel("optimizer step", fontsize=8)
-                axis.tick_params(labelsize=8)
-                axis.grid(alpha=0.3)
-            row[0].set_ylabel(task, fontsize=8)
-        axes[0][0].legend(fontsize=8)
-        figure.savefig(output_dir / "steps.png", dpi=140)
-        plt.close(figure)
-    return True
+
+def _draw_steps(path: Path, summary: dict[str, Any]) -> None:
+    """Metrics over the optimizer steps of the checkpoints that were averaged, a row per dataset."""
+    tasks, names = list(summary["problems"]), ["pass@1", *_other_metrics(summary)]
+    numbers = {method: number for number, method in enumerate(summary["models"])}
+    axes = _panels(len(tasks), len(names), width=2.6, height=2.4)
+    for row, task in zip(axes, tasks, strict=True):
+        for axis, name in zip(row, names, strict=True):
+            for method, each in summary["checkpoints"].items():
+                steps = [int(one.rsplit("-", 1)[1]) for one in each]
+                _points(axis, steps, [one[task][name] for one in each.values()], method, numbers[method])
+            axis.set_title(TITLES.get(name, name), fontsize=9, loc="left")
+            axis.set_xlabel("optimizer step", fontsize=8)
+            axis.tick_params(labelsize=8)
+            axis.grid(alpha=0.3)
+        row[0].set_ylabel(task, fontsize=8)
+    axes[0][0].legend(fontsize=8)
+    _save(axes, path)
+
+
+def _other_metrics(summary: dict[str, Any]) -> list[str]:
+    first = next(iter(summary["models"].values()))
+    return [name for name in next(iter(first.values())) if not name.startswith(("pass@", "maj@"))]
+
+
+def _panels(rows: int, columns: int, *, width: float, height: float, **options: Any) -> Any:
+    """Axes of a new figure, whose panels have this size in inches."""
+    from matplotlib import pyplot as plt
+
+    size = (width * columns, height * rows)
+    return plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, **options)[1]
+
+
+def _save(axes: Any, path: Path) -> None:
+    from matplotlib import pyplot as plt
+
+    figure = axes[0][0].figure
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
 
 
 def _points(axis: Any, x: list[int], estimates: list[dict[str, float]], label: str, number: int) -> None:

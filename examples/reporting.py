@@ -12,9 +12,9 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from opo_trl.evaluation import bootstrap_interval
+from judging import judge
+from opo_trl.evaluation import bootstrap_interval, pass_rates
 from opo_trl.evaluation.sampling import sample_completions
-from opo_trl.rewards import math_verify_reward
 
 COLUMNS = {  # metric -> heading
     "reward": "reward",
@@ -71,16 +71,13 @@ def measure(
         temperature=temperature,
         seed=seed,
     )
-    per_problem = []
-    for prompt, completions, solution in zip(problems["prompt"], sampled, problems["solution"], strict=True):
-        texts = [completion.text for completion in completions]
-        rewards = math_verify_reward(texts, [solution] * num_samples, prompts=[prompt] * num_samples)
-        per_problem.append(sum(reward or 0.0 for reward in rewards) / num_samples)
-    lengths = [completion.num_tokens for completions in sampled for completion in completions]
+    samples = [(problem, number) for problem in problems for number in range(num_samples)]
+    records = judge(samples, [completion for completions in sampled for completion in completions])
+    solved = list(pass_rates(records).values())
     return {
-        "pass@1": sum(per_problem) / len(per_problem),
-        "interval": bootstrap_interval(per_problem),
-        "mean_length": sum(lengths) / len(lengths),
+        "pass@1": sum(solved) / len(solved),
+        "interval": bootstrap_interval(solved),
+        "mean_length": sum(len(record["token_ids"]) for record in records) / len(records),
     }
 
 

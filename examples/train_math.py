@@ -23,6 +23,7 @@ has recipes for the paper's experiments), and `--resume_from_checkpoint true` to
 import sys
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -38,11 +39,11 @@ from opo_trl.data import INSTRUCTION, drop_by_pass_rate, drop_overlapping, hold_
 from opo_trl.evaluation import pass_rates
 from opo_trl.evaluation.records_file import read_records
 from opo_trl.rewards import math_verify_reward
+from policies import model_path
 from problems import EMBEDDED_DATASET, fit_to_tokenizer, load_problems, parse_dataset
 from reporting import ConsoleProgress, describe, measure, write_summary
 
 QUICKSTART = HERE / "configs" / "quickstart.yaml"
-EMBEDDED_MODEL = "tiny_policy"
 
 
 @dataclass
@@ -166,46 +167,32 @@ def load_tokenizer(model_name: str, revision: str, trust_remote_code: bool) -> P
     )
 
 
-def main(arguments: list[str] | None = None) -> dict | None:
-    start = time.perf_counter()
-    arguments = sys.argv[1:] if arguments is None else arguments
-    parser = TrlParser((MathScriptArguments, OPOConfig, ModelConfig))
-    script_args, training_args, model_args = parser.parse_args_and_config(arguments or ["--config", str(QUICKSTART)])
-    disable_progress_bars()
-    state = PartialState()
-
-    # Problems and tokenizer come first: their faults show before a model loads.
+def load_inputs(
+    script_args: MathScriptArguments, training_args: OPOConfig, model_args: ModelConfig
+) -> tuple[str, PreTrainedTokenizerBase, Dataset, Dataset | None]:
+    """Load problems and tokenizer, whose faults show before a model loads; the model is only named."""
     with_eval = training_args.eval_strategy != "no" or script_args.report
     train_dataset, eval_dataset = load_datasets(script_args, training_args.seed, with_eval)
-    model_name = model_args.model_name_or_path
-    if model_name is None:
+    if model_args.model_name_or_path is None:
         raise ValueError(
             "--model_name_or_path must name a causal language model, got nothing. Pass a Hub name or a directory, or "
             "run without any argument for the quickstart."
         )
-    if model_name == EMBEDDED_MODEL:
-        model_name = str(HERE / EMBEDDED_MODEL)
+    model_name = model_path(model_args.model_name_or_path)
     tokenizer = load_tokenizer(model_name, model_args.model_revision, training_args.trust_remote_code)
     train_dataset = fit_to_tokenizer(train_dataset, tokenizer)
-    eval_dataset = eval_dataset and fit_to_tokenizer(eval_dataset, tokenizer)
-    state.print(
-        f"{len(train_dataset)} problems to train on, {len(eval_dataset) if eval_dataset else 0} held out, "
-        f"{training_args.generation_batch_size // training_args.num_generations} x {training_args.num_generations} "
-        "completions per step"
-    )
+    return model_name, tokenizer, train_dataset, eval_dataset and fit_to_tokenizer(eval_dataset, tokenizer)
 
-    settings = {
-        "num_samples": script_args.report_samples,
-        "max_new_tokens": training_args.max_completion_length,
-        "temperature": training_args.temperature,
-        "seed": training_args.seed,
-    }
-    before = None
-    if script_args.report and state.is_main_process:
-        before = measure(model_name, eval_dataset, **settings)
-        print(f"pass@1 before: {describe(before)}", flush=True)
-    state.wait_for_everyone()
 
+def make_trainer(
+    model_name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    train_dataset: Dataset,
+    eval_dataset: Dataset | None,
+    training_args: OPOConfig,
+    model_args: ModelConfig,
+) -> OPOTrainer:
+    """Make the trainer, whose progress is one line per logging step."""
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
@@ -225,7 +212,39 @@ def main(arguments: list[str] | None = None) -> dict | None:
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(ConsoleProgress)
+    return trainer
 
+
+def main(arguments: list[str] | None = None) -> dict | None:
+    start = time.perf_counter()
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = TrlParser((MathScriptArguments, OPOConfig, ModelConfig))
+    script_args, training_args, model_args = parser.parse_args_and_config(arguments or ["--config", str(QUICKSTART)])
+    disable_progress_bars()
+    state = PartialState()
+
+    model_name, tokenizer, train_dataset, eval_dataset = load_inputs(script_args, training_args, model_args)
+    state.print(
+        f"{len(train_dataset)} problems to train on, {len(eval_dataset) if eval_dataset else 0} held out, "
+        f"{training_args.generation_batch_size // training_args.num_generations} x {training_args.num_generations} "
+        "completions per step"
+    )
+
+    measure_pass_at_1 = partial(
+        measure,
+        problems=eval_dataset,
+        num_samples=script_args.report_samples,
+        max_new_tokens=training_args.max_completion_length,
+        temperature=training_args.temperature,
+        seed=training_args.seed,
+    )
+    before = None
+    if script_args.report and state.is_main_process:
+        before = measure_pass_at_1(model_name)
+        print(f"pass@1 before: {describe(before)}", flush=True)
+    state.wait_for_everyone()
+
+    trainer = make_trainer(model_name, tokenizer, train_dataset, eval_dataset, training_args, model_args)
     checkpoint = training_args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if str(checkpoint).lower() == "true" else checkpoint)
     trainer.save_model(training_args.output_dir)
@@ -233,7 +252,7 @@ def main(arguments: list[str] | None = None) -> dict | None:
 
     summary = None
     if before is not None:
-        after = measure(training_args.output_dir, eval_dataset, **settings)
+        after = measure_pass_at_1(training_args.output_dir)
         summary = write_summary(
             training_args.output_dir,
             before,

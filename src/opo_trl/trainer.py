@@ -174,16 +174,7 @@ class OPOTrainer(ResumableTrainer):
         return super().train(*args, **kwargs)
 
     def _describe(self) -> dict[str, Any]:
-        return {
-            "opo": {
-                "exactly_on_policy": True,
-                "baseline": "sum(w ** length_exponent * r) / sum(w ** length_exponent)",
-                "baseline_weight": self.args.baseline_weight,
-                "length_exponent": self.args.length_exponent,
-                "contract": self.args.contract(),
-                "versions": versions("opo-trl", "trl", "transformers", "torch"),
-            }
-        }
+        return {"opo": {**self.args.contract(), "versions": versions("opo-trl", "trl", "transformers", "torch")}}
 
     def _check_sampler(self) -> None:
         """Refuse a generation config that, merged as the backend merges it, samples from another law."""

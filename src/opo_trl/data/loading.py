@@ -116,6 +116,17 @@ def hold_out(dataset: Dataset, size: int, seed: int) -> tuple[Dataset, Dataset]:
     """
     Split off `size` rows for evaluation, and drop from the rest every row whose prompt is among them.
 
+    Args:
+        dataset ([`~datasets.Dataset`]):
+            Problems with a `prompt`.
+        size (`int`):
+            Number of rows to hold out.
+        seed (`int`):
+            Seed of the draw.
+
+    Returns:
+        `tuple[Dataset, Dataset]`: The problems to train on, and those held out.
+
     Raises:
         ValueError: If `size` leaves nothing to train on.
     """

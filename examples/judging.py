@@ -1,0 +1,45 @@
+"""From sampled completions to the records that every measurement reads."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from opo_trl.evaluation import Record
+from opo_trl.evaluation.sampling import Completion
+from opo_trl.rewards import math_verify_reward
+
+
+def judge(samples: Sequence[tuple[Mapping[str, Any], int]], completions: Sequence[Completion]) -> list[Record]:
+    """
+    Reward completions, and make a record of each.
+
+    Args:
+        samples (`Sequence[tuple[Mapping, int]]`):
+            For each completion its problem (`id`, `prompt`, `solution`) and which of the problem's samples it is.
+        completions (`Sequence[Completion]`):
+            What was sampled.
+
+    Returns:
+        `list[Record]`: In the same order.
+    """
+    noted: dict[str, list[Any]] = {}
+    rewards = math_verify_reward(
+        [completion.text for completion in completions],
+        [problem["solution"] for problem, _ in samples],
+        prompts=[problem["prompt"] for problem, _ in samples],  # a formula copied from the problem is no answer
+        log_extra=noted.__setitem__,
+    )
+    return [
+        {
+            "problem": problem["id"],
+            "sample": sample,
+            "solution": problem["solution"],
+            "completion": completion.text,
+            "token_ids": completion.token_ids,
+            "truncated": completion.truncated,
+            "answer": answer,
+            "reward": reward,
+        }
+        for (problem, sample), completion, answer, reward in zip(
+            samples, completions, noted["answer"], rewards, strict=True
+        )
+    ]

@@ -1,0 +1,171 @@
+"""The figures in README and docs are those that the benchmarks wrote to `benchmarks/results`."""
+
+import importlib.util
+import json
+
+import pytest
+
+from pages import ROOT, page, tables, the_table
+
+README = (ROOT / "README.md").read_text()
+
+
+def results(name):
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def update_row(case):
+    lengths, uninformative, rows, *sampler = case["case"].split("/")
+    lengths = {"lognormal": "log-normal", "tiny_policy": "tiny policy"}.get(lengths, lengths)
+    low, high = case["speedup_range"]
+    return [
+        f"{lengths}, with sampler" if sampler else lengths,
+        f"{float(uninformative.removeprefix('uninformative=')):.0%}".replace("%", " %"),
+        rows.removeprefix("micro-batch="),
+        f"{case['speedup']:.2f}x ({low:.1f} to {high:.1f})",
+        f"{case['memory_ratio']:.2f}x",
+        f"{case['token_efficiency']:.3f} ({case['trl_token_efficiency']:.2f})",
+        f"{case['rows_forward']:.0f} ({case['trl_rows_forward']:.0f})",
+    ]
+
+
+def test_the_update():
+    expected = [update_row(case) for case in results("update_phase")["cases"]]
+    assert the_table(page("update"), "lengths") == expected
+
+
+def test_the_updates_headlines():
+    half, none, constant = results("update_phase-quick")["cases"]
+    speedups = [f"{case['speedup']:.2f}x" for case in (half, none, constant)]
+    memory = [f"{case['memory_ratio']:.2f}x" for case in (half, none, constant)]
+    text = " ".join(page("update").split())
+    assert (
+        f"half of the groups uninformative {speedups[0]}, with none {speedups[1]}, constant lengths {speedups[2]}; "
+        f"memory {memory[0]}, {memory[1]} and {memory[2]}"
+    ) in text
+    readme = the_table(README, "half of the groups have nothing to learn from")
+    assert [(row[0], row[1]) for row in readme] == [
+        ("yes", f"{half['speedup']:.1f}x"),
+        ("no", f"{none['speedup']:.1f}x"),
+    ]
+    assert f"{half['memory_ratio']:.0%} and {none['memory_ratio']:.0%}".replace("%", " %") in " ".join(README.split())
+    worst = max(case["gradient_error"] for case in results("update_phase")["cases"])
+    assert f"Gradients differ by at most {worst:.0e}".replace("e-0", "e-") in text
+
+
+@pytest.mark.slow
+def test_the_simulated_ranks():
+    spec = importlib.util.spec_from_file_location("rank_balance", ROOT / "benchmarks" / "rank_balance.py")
+    rank_balance = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(rank_balance)
+
+    def speedups(case, uninformative=0.5):
+        ranks, rows, micro_batches = (int(word) for word in case.replace(" x ", ", ").split(", "))
+        found = rank_balance.simulate(ranks, rows, micro_batches, uninformative)
+        return [found[f"{plan}, {engine}"] for engine in ("DDP", "ZeRO-3") for plan in ("own rows", "dealt")]
+
+    for case, *cells in the_table(page("update"), "ranks x rows, micro-batches"):
+        assert cells == [f"{value:.2f}x" for value in speedups(case)], case
+    eight = [[f"{value:.1f}x" for value in speedups("8 x 64, 8", uninformative)] for uninformative in (0.5, 0.0)]
+    readme = the_table(README, "half of the groups have nothing to learn from")
+    assert [row[2] for row in readme] == [f"{dealt} (DDP), {sharded} (ZeRO-3, FSDP)" for _, dealt, _, sharded in eight]
+    shares, efficiencies = next(table for table in tables(page("update")) if table[0][0].startswith("share of TRL's"))
+    assert efficiencies[1:] == [f"{rank_balance.token_efficiency(float(share)):.3f}" for share in shares[1:]]
+
+
+def test_the_reward():
+    measured = results("reward_throughput")
+    names = {
+        "math_verify_reward": "`math_verify_reward`",
+        "TRL accuracy_reward": "TRL's `accuracy_reward`",
+        "verify(parse, parse)": "`verify(parse(solution), parse(completion))`",
+    }
+    rows = the_table(page("reward"), "reward")
+    assert len(rows) == len(measured["rewards"])
+    for row, reward in zip(rows, measured["rewards"], strict=True):
+        low, high = reward["range"]
+        assert row[:2] == [names[reward["reward"]], f"{reward['seconds']:.2f} s ({low:.2f} to {high:.2f})"]
+        for cell, name in zip(row[2:], ("wrongly paid", "wrongly refused", "unscored"), strict=True):
+            digits = len(cell.removesuffix(" %").partition(".")[2])
+            assert cell == f"{100 * reward[name]:.{digits}f} %", (reward["reward"], name)
+    text = " ".join(page("reward").split())
+    ours, trls, _ = (reward["seconds"] for reward in measured["rewards"])
+    assert f"2,048 completions take {ours:.1f} s" in " ".join(README.split())
+    assert f"{trls:.1f} s with TRL's `accuracy_reward`" in " ".join(README.split())
+    assert f"take {measured['broken batch']['seconds']:.1f} s" in text
+    copied = measured["problems paid for a copied formula"]
+    assert f"{copied['the same without prompts']:.1%}".replace("%", " % would pay") in text
+    assert f"boxed solutions: {copied['TRL accuracy_reward']:.1%}".replace("%", " %") in text
+    assert f"it is {copied['math_verify_reward']:.1%}".replace("%", " %") in text
+
+
+def test_the_engines():
+    measured = results("engine_equality")["rows"]
+    names = {"data parallel": "ddp", "FSDP2": "fsdp2", "ZeRO-2": "zero2", "ZeRO-3": "zero3"}
+    heading, *rows = next(table for table in tables(page("engines")) if table[0][0] == "engine")
+    assert [names[row[0]] for row in rows] == list(measured)
+    for row in rows:
+        for column, cell in zip(heading[1:], row[1:], strict=True):
+            value = measured[names[row[0]]][column]
+            assert cell == (value if isinstance(value, str) else f"{value:.0e}" if value else "0"), (row[0], column)
+    worst = max(value for row in measured.values() for value in row.values() if not isinstance(value, str))
+    assert f"differ by {worst:.0e}".replace("e-0", "e-") in " ".join(README.split())
+
+
+def interval(estimate, scale, digits, signed=False):
+    sign = "+" if signed else ""
+    mean, low, high = (f"{scale * estimate[name]:{sign}.{digits}f}" for name in ("mean", "low", "high"))
+    return f"{mean} ({low} to {high})"
+
+
+EVALUATION_ROWS = {  # row of the table -> metric, factor, digits
+    "pass@1 (%)": ("pass@1", 100, 1),
+    "pass@2 (%)": ("pass@2", 100, 1),
+    "pass@4 (%)": ("pass@4", 100, 1),
+    "pass@8 (%)": ("pass@8", 100, 1),
+    "maj@8 (%)": ("maj@8", 100, 1),
+    "length (tokens)": ("length", 1, 1),
+    "Self-BLEU (%)": ("self-bleu", 100, 1),
+    "Distinct-2 (%)": ("distinct-2", 100, 1),
+    "entropy (nats per token)": ("entropy", 1, 3),
+    "KL (plain) (nats per token)": ("kl_plain", 1, 3),
+    "KL (low variance) (nats per token)": ("kl_low_variance", 1, 3),
+}
+
+
+def evaluation_rows():
+    measured = results("evaluation")
+    before, after = (measured["models"][name]["arithmetic"] for name in ("tiny_policy", "quickstart"))
+    difference = measured["difference_to_tiny_policy"]["quickstart"]["arithmetic"]
+    return [
+        [
+            row,
+            interval(before[metric], scale, digits),
+            interval(after[metric], scale, digits),
+            interval(difference[metric], scale, digits, signed=True),
+        ]
+        for row, (metric, scale, digits) in EVALUATION_ROWS.items()
+    ]
+
+
+def test_the_evaluation():
+    rows = evaluation_rows()
+    assert tables(page("evaluation"))[0] == [["", "before", "after", "difference"], *rows]
+    before_and_after = {row[0]: f"from {row[1].split()[0]} to {row[2].split()[0]} %" for row in rows}
+    text = " ".join(README.split())
+    assert f"pass@1 goes {before_and_after['pass@1 (%)']}, pass@8 {before_and_after['pass@8 (%)']}" in text
+
+
+def test_the_tutorial():
+    measured = results("quickstart")
+    expected = [
+        [
+            f"pass@1 {when}",
+            f"{measured[f'pass@1_{when}']:.3f}",
+            "{:.3f} to {:.3f}".format(*measured[f"pass@1_{when}_interval"]),
+            f"{measured[f'mean_length_{when}']:.1f}",
+        ]
+        for when in ("before", "after")
+    ]
+    assert the_table(page("tutorial"), "of 512 held-out problems") == expected
+    assert f"seed {measured['seed']}" in page("tutorial")
