@@ -7,6 +7,7 @@ Trains each case in turn and leaves in `DIRECTORY/CASE` what the main process en
 ranks, logs, the engine that accelerate ran, and the model as `save_model` saves it.
 """
 
+import errno
 import gc
 import json
 import os
@@ -23,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from engines import (
-    ADAMW,
+    BAD_NUMBERS,
     CASES,
     EVALUATIONS,
     PROCESSES,
@@ -37,12 +38,20 @@ from engines import (
 from opo_trl import OPOTrainer
 from opo_trl.rewards import math_verify_reward
 from problems import load_problems
-from tiny import scripted_dataset, scripted_reward, scripted_trainer, tiny_config
+from test_resume import lora_model, sampling_trainer
+from tiny import scripted_dataset, scripted_reward, scripted_trainer, tiny_config, tiny_model
 
 USES_DEEPSPEED = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
 # accelerate passes DeepSpeed over where `use_cpu` is set, and sees one process where no backend is named;
 # DS_ACCELERATOR=cpu puts it on the CPU all the same.
 ENGINE = {"use_cpu": False, "ddp_backend": "gloo"} if USES_DEEPSPEED else {}
+SAVING = {
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "max_steps": 3,
+    "save_strategy": "steps",
+    "save_steps": 1,
+}
 
 
 def let_fsdp_run_on_the_cpu() -> None:
@@ -154,30 +163,84 @@ def run_refused(case: str, folder: Path) -> None:
 
 
 class AskedOnOneRank(TrainerCallback):
-    """SIGTERM reaches the second rank alone, in the middle of the second step."""
+    """SIGTERM reaches the second rank alone, in the middle of the fifth step of three an epoch."""
 
     def on_substep_end(self, args, state, control, **kwargs):
-        if distributed.get_rank() == 1 and state.global_step == 1:
+        if distributed.get_rank() == 1 and state.global_step == 4:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def run_preempted(folder: Path) -> None:
+def run_preempted(case: str, folder: Path) -> None:
     """Leave on each rank how a run that was asked to stop ended, and whether going on gave the undisturbed bits."""
-    settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "max_steps": 4, **ADAMW, **ENGINE}
-    whole = scripted_trainer(folder / "whole", **settings)
+    settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "save_strategy": "no", **ENGINE}
+    make_model = lora_model if "LoRA" in case else tiny_model
+    whole = sampling_trainer(folder / "whole", make_model(), **settings)
     whole.train()
-    asked = scripted_trainer(folder / "asked", callbacks=[AskedOnOneRank()], **settings)
+    asked = sampling_trainer(folder / "asked", make_model(), callbacks=[AskedOnOneRank()], **settings)
     try:
         asked.train()
         code = None
     except SystemExit as ended:
         code = ended.code
-    again = scripted_trainer(folder / "asked", **settings)
+    again = sampling_trainer(folder / "asked", make_model(), **settings)
     again.train(resume_from_checkpoint=True)
     expected = whole.model.state_dict()
     same = all(torch.equal(value, expected[name]) for name, value in again.model.state_dict().items())
     outcome = {"code": code, "step": asked.state.global_step, "same bits": same, "last step": again.state.global_step}
     (folder / f"ended.{asked.accelerator.process_index}").write_text(json.dumps(outcome))
+
+
+class NaNGradient(torch.autograd.Function):
+    """A loss that looks well, with a gradient that is not a number."""
+
+    @staticmethod
+    def forward(ctx, loss):
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * float("nan")
+
+
+def run_bad_number(case: str, folder: Path) -> None:
+    """In the second step, one of the second rank's micro-batches goes bad: leave each rank's message."""
+    trainer = scripted_trainer(folder, **SAVING, **ENGINE)
+    compute_loss = trainer._compute_loss
+
+    def go_bad(model, inputs):
+        loss = compute_loss(model, inputs)
+        if distributed.get_rank() == 1 and trainer._step == 3:  # two micro-batches a step
+            return NaNGradient.apply(loss) if case == "NaN gradient" else loss + BAD_NUMBERS[case]
+        return loss
+
+    trainer._compute_loss = go_bad
+    try:
+        trainer.train()
+        message = "trained"
+    except ValueError as error:
+        message = str(error)
+    (folder / f"message.{trainer.accelerator.process_index}").write_text(message)
+
+
+def run_out_of_space(case: str, folder: Path) -> None:
+    """The disk of one rank is full in the second step's save: leave each rank's message."""
+    trainer = scripted_trainer(folder, **SAVING, **ENGINE)
+    save, full_rank = torch.save, int(case[-1])
+
+    def fail(state, path, *args, **kwargs):
+        if distributed.get_rank() == full_rank and "checkpoint-2" in str(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        save(state, path, *args, **kwargs)
+
+    torch.save = fail
+    try:
+        trainer.train()
+    except RuntimeError as error:
+        (folder / f"message.{distributed.get_rank()}").write_text(str(error))
+        if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+            raise  # the other rank waits in a collective for as long as this one lives
+    finally:
+        torch.save = save
 
 
 def run_math_reward(folder: Path) -> None:
@@ -223,8 +286,12 @@ def main() -> None:
             run_generating(folder)
         elif case == "math reward":
             run_math_reward(folder)
-        elif case == "preempted":
-            run_preempted(folder)
+        elif case.startswith("preempted"):
+            run_preempted(case, folder)
+        elif case in BAD_NUMBERS:
+            run_bad_number(case, folder)
+        elif case.startswith("full disk"):
+            run_out_of_space(case, folder)
         else:
             run_refused(case, folder)
         # The next case gets an engine of its own: accelerate keeps the first plugin it has seen.

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from opo_trl import OPOTrainer
+from opo_trl.checkpoints import newest_whole
 from tiny import relative_error, scripted_dataset, scripted_trainer, tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,6 +58,9 @@ CASES: dict[str, dict[str, Any]] = {
 
 # Evaluations of so many problems with so many completions each, in global batches of so many rows.
 EVALUATIONS = {"incomplete last batch": (4, 4, 12), "groups on two ranks": (5, 2, 6), "fewer than a batch": (1, 4, 24)}
+
+# What one rank's loss becomes, its gradient staying finite; and the other way round.
+BAD_NUMBERS = {"infinite loss": float("inf"), "NaN loss": float("nan"), "NaN gradient": None}
 
 
 # transformers evaluates before training under plain data parallel only.
@@ -144,11 +148,26 @@ def single_process(case: str, output_dir: Path) -> Outcome:
 
 def two_processes(engine: str, cases: list[str], directory: Path, num_machines: int = 1) -> dict[str, Outcome]:
     """Train cases one after another on two processes, on as many "machines" as asked for, and read what they left."""
+    check_ends(ends_of_two_processes(engine, cases, directory, num_machines))
+    return {case: read_outcome(directory / case) for case in cases if (directory / case / "weights.pt").exists()}
+
+
+@dataclass(frozen=True)
+class End:
+    """How a launcher ended."""
+
+    code: int
+    printed: str  # by it and its ranks
+
+
+def ends_of_two_processes(
+    engine: str, cases: list[str], directory: Path, num_machines: int = 1, timeout: float = 400
+) -> list[End]:
+    """Run cases as `two_processes` does, whatever comes of them; each machine's launcher has an end of its own."""
     directory.mkdir(parents=True, exist_ok=True)
     arguments = [str(WORKER), str(directory), *cases]
     launchers = [[*launcher, *arguments] for launcher in _launchers(engine, directory, num_machines)]
-    run_ranks(launchers, {"ACCELERATE_USE_CPU": "true"} if engine == "ddp" else {})
-    return {case: read_outcome(directory / case) for case in cases if (directory / case / "weights.pt").exists()}
+    return ends_of_ranks(launchers, {"ACCELERATE_USE_CPU": "true"} if engine == "ddp" else {}, timeout)
 
 
 def read_outcome(folder: Path) -> Outcome:
@@ -156,8 +175,18 @@ def read_outcome(folder: Path) -> Outcome:
     return Outcome(weights=torch.load(folder / "weights.pt"), saved=folder / "saved", **facts)
 
 
-def run_ranks(launchers: list[list[str]], variables: dict[str, str], timeout: float = 400) -> None:
-    """Run launchers side by side to their end; a failure or a hang of one ends all of them."""
+def run_ranks(launchers: list[list[str]], variables: dict[str, str]) -> None:
+    """Run launchers side by side to their end, which must be a good one."""
+    check_ends(ends_of_ranks(launchers, variables))
+
+
+def check_ends(ends: list[End]) -> None:
+    failed = [end.printed for end in ends if end.code]
+    assert not failed, failed[0][-5000:]
+
+
+def ends_of_ranks(launchers: list[list[str]], variables: dict[str, str], timeout: float = 400) -> list[End]:
+    """Run launchers side by side to their end, whatever it is; a hang of one ends all of them."""
     environment = {
         **os.environ,
         **variables,
@@ -184,8 +213,20 @@ def run_ranks(launchers: list[list[str]], variables: dict[str, str], timeout: fl
             if process.poll() is None:  # a hang: ask the launcher to end its ranks, too
                 process.terminate()
                 process.wait(30)
-    failed = [text[-5000:] for process, text in zip(processes, printed, strict=True) if process.returncode]
-    assert not failed, failed[0]
+    return [End(process.returncode, text) for process, text in zip(processes, printed, strict=True)]
+
+
+def check_bad_number(folder: Path) -> None:
+    """One rank's second step went bad: both say so in the same words, and the first step's checkpoint is the last."""
+    messages = [(folder / f"message.{rank}").read_text() for rank in range(PROCESSES)]
+    assert messages[0] == messages[1]
+    if folder.name == "NaN gradient":
+        norms = ("nan", "inf")  # DeepSpeed calls every norm that is not finite inf
+        assert any(f"Gradients must be finite: their norm is {norm} in step 2" in messages[0] for norm in norms)
+    else:
+        assert f"The loss must be finite: it is {BAD_NUMBERS[folder.name]} in step 2, on rank [1]" in messages[0]
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-1"]
+    assert newest_whole(folder)[0] == folder / "checkpoint-1"
 
 
 def relative_difference(outcome: Outcome, reference: Outcome, case: str) -> float:

@@ -1,6 +1,7 @@
 """A checkpoint counts only when it is whole, and training that has gone bad is not saved."""
 
 import errno
+import json
 import os
 import random
 import signal
@@ -122,6 +123,83 @@ def test_a_gradient_that_is_not_finite_stops_training_before_anything_changes(tm
     assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
     assert newest_whole(tmp_path)[0] == tmp_path / "checkpoint-1"
+
+
+@pytest.mark.parametrize("skip_uninformative", [True, False])
+def test_a_token_that_the_policy_calls_impossible_stops_training(tmp_path, skip_uninformative):
+    """Its log-probability is -inf: the loss is not a number, also where the row's advantage is 0."""
+    trainer = scripted_trainer(
+        tmp_path,
+        skip_uninformative=skip_uninformative,
+        per_device_train_batch_size=24,
+        save_strategy="steps",
+        save_steps=1,
+    )
+    logps_and_entropies = trainer._get_per_token_logps_and_entropies
+
+    def with_an_impossible_token(*args, **kwargs):
+        logps, *rest = logps_and_entropies(*args, **kwargs)
+        rows = torch.zeros_like(logps)
+        rows[0 if skip_uninformative else uninformative_row] = -torch.inf
+        return logps + rows, *rest
+
+    compute_loss = trainer._compute_loss
+
+    def look_for_an_uninformative_row(model, inputs):
+        nonlocal uninformative_row
+        uninformative_row = (inputs["advantages"] == 0).nonzero()[0, 0] if not skip_uninformative else None
+        return compute_loss(model, inputs)
+
+    uninformative_row = None
+    trainer._get_per_token_logps_and_entropies = with_an_impossible_token
+    trainer._compute_loss = look_for_an_uninformative_row
+    with pytest.raises(ValueError, match=r"The loss must be finite: it is nan in step 1, on rank \[0\]"):
+        trainer.train()
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_a_metric_that_is_not_a_number_stops_nothing(tmp_path):
+    """A step of which no completion could be scored has no mean reward. Files stay JSON, and the run can be resumed."""
+
+    def unscored_in_the_second_step(completions, score, trainer_state, **kwargs):
+        return [None] * len(score) if trainer_state.global_step == 1 else score
+
+    settings = {"reward_funcs": unscored_in_the_second_step, "save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+    scripted_trainer(tmp_path, **settings).train()
+    state = (tmp_path / "checkpoint-2" / "trainer_state.json").read_text()
+    history = json.loads(state, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))["log_history"]
+    assert history[1]["reward"] is None
+    assert history[1]["grad_norm"] == 0
+    again = scripted_trainer(tmp_path, **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert again.state.global_step == 3
+
+
+def test_under_fp16_the_loss_scale_deals_with_large_gradients(tmp_path, monkeypatch):
+    """Such a step is left out and the scale lowered, until it is below 1: then the gradient itself is bad."""
+    trainer = scripted_trainer(tmp_path)
+    monkeypatch.setattr(type(trainer.accelerator), "mixed_precision", "fp16")
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    infinite = torch.tensor(torch.inf)
+    assert trainer._get_grad_norm(trainer.model, infinite) == torch.inf
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=0.5)
+    with pytest.raises(ValueError, match="their norm is inf in step 1"):
+        trainer._get_grad_norm(trainer.model, infinite)
+    monkeypatch.setattr(type(trainer.accelerator), "mixed_precision", "no")
+    with pytest.raises(ValueError, match="their norm is -1"):  # older DeepSpeed's word for a norm that is not finite
+        trainer._get_grad_norm(trainer.model, torch.tensor(-1.0))
+
+
+def test_a_marker_that_cannot_be_written_is_said_and_costs_no_checkpoint(tmp_path, monkeypatch):
+    def fail_at_the_third(checkpoint):
+        if checkpoint.name == "checkpoint-3":
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+        mark_whole(checkpoint)
+
+    monkeypatch.setattr("opo_trl.resumable.mark_whole", fail_at_the_third)
+    with pytest.raises(RuntimeError, match=r"checkpoint-3 could not be saved: .*quota exceeded.*checkpoint-2 is whole"):
+        sampling_trainer(tmp_path, tiny_model(), save_total_limit=1).train()
+    assert newest_whole(tmp_path)[0] == tmp_path / "checkpoint-2"
 
 
 def run_until_killed(output_dir, kill_in_save=None, kill_after=None):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from transformers import GenerationConfig, TrainingArguments
+from transformers.integrations.integration_utils import WandbCallback
 from trl import GRPOConfig, GRPOTrainer
 
 import opo_trl
@@ -200,3 +201,17 @@ def test_checkpoints_and_gradient_norm():
     assert parameters(GRPOTrainer._push_from_checkpoint) == ["self", "checkpoint_folder"]
     assert parameters(GRPOTrainer._get_grad_norm) == ["self", "model", "grad_norm"]
     assert parameters(GRPOTrainer.train)[1] == "resume_from_checkpoint"
+    assert parameters(GRPOTrainer.training_step) == ["self", "model", "inputs", "num_items_in_batch"]
+
+
+def test_what_saving_looks_at(tmp_path):
+    trainer = scripted_trainer(tmp_path)
+    assert trainer.is_distributed_loading_by_transformers is False
+    assert trainer.state.best_global_step is None
+    assert trainer.accelerator.mixed_precision == "no"
+    assert trainer.accelerator.scaler is None
+
+
+def test_the_wandb_callback_starts_its_run_in_setup():
+    assert parameters(WandbCallback.setup) == ["self", "args", "state", "model", "kwargs"]
+    assert "if self._wandb.run is None" in inspect.getsource(WandbCallback.setup), "a run that is there must be kept"

@@ -5,18 +5,29 @@ import json
 
 import pytest
 
-from engines import CASES, EVALUATIONS, evaluating_trainer, relative_difference, single_process, two_processes
-from opo_trl.checkpoints import what_is_missing
+from engines import (
+    BAD_NUMBERS,
+    CASES,
+    EVALUATIONS,
+    check_bad_number,
+    evaluating_trainer,
+    relative_difference,
+    single_process,
+    two_processes,
+)
+from opo_trl.checkpoints import newest_whole, what_is_missing
 from tiny import SCRIPT
 
 QUICK = ["full", "full, evaluated first", "full, uncertainty", "LoRA", "one micro-batch", "dr_grpo", "idle rank"]
+PREEMPTED = ["preempted", "preempted, LoRA"]
+FULL_DISK = "full disk on rank 1"
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """All cases in one pair of processes: their start costs more than the training. Returns outcomes and folder."""
     directory = tmp_path_factory.mktemp("ddp")
-    cases = [*QUICK, *EVALUATIONS, "infinite on one rank", "math reward", "preempted"]
+    cases = [*QUICK, *EVALUATIONS, *BAD_NUMBERS, *PREEMPTED, "infinite on one rank", "math reward", FULL_DISK]
     return two_processes("ddp", cases, directory), directory
 
 
@@ -67,10 +78,25 @@ def test_pass_at_k_counts_each_problem_once(runs, tmp_path, case):
     assert f"eval_pass@{completions + 1}" not in one
 
 
-def test_a_rank_that_is_asked_to_stop_stops_all_and_they_go_on_to_the_same_bits(runs):
+@pytest.mark.parametrize("case", PREEMPTED)
+def test_a_rank_that_is_asked_to_stop_stops_all_and_they_go_on_to_the_same_bits(runs, case):
+    """In the middle of the second epoch."""
     for rank in (0, 1):
-        ended = json.loads((runs[1] / "preempted" / f"ended.{rank}").read_text())
-        assert ended == {"code": 75, "step": 2, "same bits": True, "last step": 4}
-    asked = runs[1] / "preempted" / "asked"
-    assert what_is_missing(asked / "checkpoint-2") is None
-    assert {"rng_state_0.pth", "rng_state_1.pth"} <= {path.name for path in (asked / "checkpoint-2").iterdir()}
+        ended = json.loads((runs[1] / case / f"ended.{rank}").read_text())
+        assert ended == {"code": 75, "step": 5, "same bits": True, "last step": 8}
+    asked = runs[1] / case / "asked"
+    assert what_is_missing(asked / "checkpoint-5") is None
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= {path.name for path in (asked / "checkpoint-5").iterdir()}
+
+
+@pytest.mark.parametrize("case", BAD_NUMBERS)
+def test_a_bad_number_on_one_rank_stops_both_before_anything_is_saved(runs, case):
+    check_bad_number(runs[1] / case)
+
+
+def test_a_full_disk_on_one_rank_is_said_on_both_and_costs_no_checkpoint(runs):
+    messages = [(runs[1] / FULL_DISK / f"message.{rank}").read_text() for rank in (0, 1)]
+    assert "checkpoint-2 could not be saved: another rank failed" in messages[0]
+    assert "checkpoint-2 could not be saved: [Errno 28] No space left on device" in messages[1]
+    assert all("checkpoint-1 is whole: make room and go on from there" in message for message in messages)
+    assert newest_whole(runs[1] / FULL_DISK)[0].name == "checkpoint-1"

@@ -8,16 +8,20 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 from engines import (
+    BAD_NUMBERS,
     CONFIGS,
     ENGINES,
     EVERY_ENGINE,
     accelerate_config,
+    check_bad_number,
+    ends_of_two_processes,
     loaded_difference,
     read_outcome,
     relative_difference,
     single_process,
     two_processes,
 )
+from opo_trl.checkpoints import newest_whole
 
 SHARDED = {"fsdp2", "zero3"}
 REFUSED = {"zero2": ["mismatched accumulation"], "zero3": ["evaluated first"]}
@@ -32,7 +36,7 @@ def run_of(tmp_path_factory):
         if engine.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
             pytest.skip("deepspeed is not installed: `make test-slow` installs it")
         directory = tmp_path_factory.mktemp(engine)
-        two_processes(engine, [*EVERY_ENGINE, "generating", *REFUSED.get(engine, [])], directory)
+        two_processes(engine, [*EVERY_ENGINE, *BAD_NUMBERS, "generating", *REFUSED.get(engine, [])], directory)
         return directory
 
     return run
@@ -82,6 +86,29 @@ def test_a_deepspeed_accumulation_other_than_the_trainers_is_refused(run_of):
 def test_training_after_an_evaluation_without_an_optimizer_is_refused(run_of):
     message = (run_of("zero3") / "evaluated first" / "message.0").read_text()
     assert "Set eval_on_start=True" in message
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", BAD_NUMBERS)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_bad_number_on_one_rank_stops_both_before_anything_is_saved(run_of, engine, case):
+    check_bad_number(run_of(engine) / case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("engine", "rank"), [("zero2", 1), ("zero3", 1), ("fsdp2", 0)])
+def test_a_full_disk_on_one_rank_ends_both_within_the_engines_collectives(tmp_path, engine, rank):
+    """The other rank waits for this one inside of the save: that one ends, and neither waits for the timeout."""
+    if engine.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("deepspeed is not installed: `make test-slow` installs it")
+    case = f"full disk on rank {rank}"
+    (end,) = ends_of_two_processes(engine, [case], tmp_path, timeout=200)
+    assert end.code == 1, end.printed
+    message = (tmp_path / case / f"message.{rank}").read_text()
+    assert "checkpoint-2 could not be saved: [Errno 28] No space left on device" in message
+    assert "checkpoint-1 is whole: make room and go on from there" in message
+    assert message in end.printed, "and not in a file alone"
+    assert newest_whole(tmp_path / case)[0].name == "checkpoint-1"
 
 
 @pytest.mark.slow

@@ -27,7 +27,8 @@ ALLOWED = {
     "determinism": set(),
     "epoch_order": set(),
     "preemption": set(),
-    "resumable": {"checkpoints", "epoch_order", "preemption"},
+    "tracking": set(),
+    "resumable": {"checkpoints", "epoch_order", "preemption", "tracking"},
     "trainer": {
         "baselines",
         "config",
@@ -40,6 +41,7 @@ ALLOWED = {
         "sampler",
         "sampler_correction",
         "step_statistics",
+        "tracking",
     },
     "rewards": set(),
     "evaluation": set(),

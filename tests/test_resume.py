@@ -31,14 +31,18 @@ def sampling_trainer(output_dir, model, num_steps=STEPS, **settings):
         train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
         shuffle_dataset=True,
         max_completion_length=12,
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=4,
         max_steps=num_steps,
         optim="adamw_torch",
         learning_rate=1e-2,
         lr_scheduler_type="linear",
         max_grad_norm=0.5,
-        **{"save_strategy": "steps", "save_steps": 1, **settings},
+        **{
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 4,
+            "save_strategy": "steps",
+            "save_steps": 1,
+            **settings,
+        },
     )
 
 

@@ -205,6 +205,17 @@ class OPOConfig(GRPOConfig):
                 "use `loss_type='dapo'`."
             )
 
+    def contract(self) -> dict[str, Any]:
+        """Return the on-policy contract as this run keeps it: the baseline, and every field fixed, with its value."""
+        judged_apart = ("gradient_accumulation_steps", "steps_per_generation", "generation_batch_size", "temperature")
+        return {
+            "exactly_on_policy": True,
+            "baseline": "sum(w ** length_exponent * r) / sum(w ** length_exponent)",
+            "baseline_weight": self.baseline_weight,
+            "length_exponent": self.length_exponent,
+            "contract": {name: getattr(self, name) for name in (*(rule.field for rule in _CONTRACT), *judged_apart)},
+        }
+
     def _check_one_step_per_rollout_batch(self) -> None:
         steps = self.gradient_accumulation_steps
         one_step = self.per_device_train_batch_size * self.world_size * steps

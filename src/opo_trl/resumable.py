@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,22 @@ import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.nn.parallel import DistributedDataParallel
+from transformers.integrations.integration_utils import WandbCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import GRPOTrainer
 
 from .checkpoints import mark_whole, newest_whole, unmark
 from .epoch_order import EpochOrder
 from .preemption import EXIT_CODE, Preemption
+from .tracking import ContinuedWandb
 
 logger = logging.getLogger(__name__)
+
+
+class CheckpointNotSaved(RuntimeError):
+    """A checkpoint could not be saved, and all ranks that can hear of it have."""
 
 
 class ResumableTrainer(GRPOTrainer):
@@ -27,10 +35,11 @@ class ResumableTrainer(GRPOTrainer):
     1. Each epoch has an order of its own that a resumed run finds again ([`~opo_trl.epoch_order.EpochOrder`]).
     2. A checkpoint counts when it is whole ([`~opo_trl.checkpoints.mark_whole`]), and none is deleted before the next
        one is.
-    3. A gradient that is not finite stops the run on all ranks before anything of its step is saved.
+    3. A loss or a gradient that is not finite stops the run on all ranks before anything of its step is saved.
     4. An evaluation before training does not keep gradients from being averaged.
     5. After a SIGTERM the run saves at the next step boundary, all ranks alike, and exits with code 75, without
        evaluating or pushing ([`~opo_trl.preemption.Preemption`]).
+    6. A resumed run goes on in its checkpoint's Weights & Biases run ([`~opo_trl.tracking.ContinuedWandb`]).
     """
 
     model: Any
@@ -38,8 +47,19 @@ class ResumableTrainer(GRPOTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._loss_of_step = torch.zeros(())  # of this rank, so far
         self._preemption = Preemption(self._any_rank)
         self.add_callback(self._preemption)
+        self._wandb: ContinuedWandb | None = None
+        theirs = [callback for callback in self.callback_handler.callbacks if type(callback) is WandbCallback]
+        if theirs:
+            self._wandb = ContinuedWandb(self._describe)
+            self.remove_callback(theirs[0])
+            self.add_callback(self._wandb)
+
+    def _describe(self) -> Mapping[str, Any]:
+        """What a tracked run's config says besides the training arguments."""
+        return {}
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """
@@ -53,13 +73,17 @@ class ResumableTrainer(GRPOTrainer):
                 As in [`~transformers.Trainer.train`].
 
         Raises:
-            ValueError: If there is no whole checkpoint, or, during training, if a gradient is not finite.
+            ValueError: If there is no whole checkpoint, or, during training, if a loss or a gradient is
+                not finite.
             RuntimeError: During training, on all ranks, if a checkpoint cannot be saved; names the last whole one.
             SystemExit: With code 75, after a SIGTERM and the checkpoint that follows it.
         """
         self._forget_evaluation()
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self._newest_whole_checkpoint()
+        if self._wandb is not None and resume_from_checkpoint:
+            self._wandb.go_on_from(Path(resume_from_checkpoint))
+        self._loss_of_step = torch.zeros(())
         with self._preemption.listening():
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         if self._preemption.ends:
@@ -89,52 +113,97 @@ class ResumableTrainer(GRPOTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         directory = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        if self.accelerator.is_main_process:
-            unmark(directory)
-        self.accelerator.wait_for_everyone()
+        self._on_main_process(unmark, directory)
         limit, self.args.save_total_limit = self.args.save_total_limit, None  # nothing is deleted before this is whole
-        failure: Exception | None = None
+        failure: BaseException | None = None
         try:
+            if self._wandb is not None and self.accelerator.is_main_process:
+                self._wandb.keep_run(directory)
             super()._save_checkpoint(model, trial)
-        except Exception as error:  # on one rank, perhaps: all of them must hear of it
+        except CheckpointNotSaved:
+            raise
+        except (Exception, CheckpointException) as error:  # the second, of torch, is no Exception
             failure = error
         finally:
             self.args.save_total_limit = limit
-        if self._any_rank(failure is not None):
-            whole, _ = newest_whole(directory.parent)
-            raise RuntimeError(
-                f"{directory} could not be saved: {failure or 'another rank failed, see its message'}. "
-                + (f"{whole} is whole: make room and go on from there." if whole else "There is no other checkpoint.")
-            ) from failure
+        if failure is not None and self._saves_in_collectives():
+            # The others wait for this rank inside of the save: to wait for them would be a deadlock. This rank ends,
+            # so their collectives break or their launcher ends them.
+            raise self._not_saved(directory, failure) from failure
+        self._agree_on_saved(directory, failure)
         if not self.args.push_to_hub:  # else it was marked before it was pushed
-            self._mark_whole(directory)
+            self._on_main_process(mark_whole, directory)
         if self.args.should_save:
             rotate_checkpoints(str(directory.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        self._mark_whole(Path(checkpoint_folder))  # the marker goes to the Hub, too
+        self._agree_on_saved(Path(checkpoint_folder), None)
+        self._on_main_process(mark_whole, Path(checkpoint_folder))  # the marker goes to the Hub, too
         if not self._preemption.ends:  # whoever asked to stop waits seconds, not for an upload
             super()._push_from_checkpoint(checkpoint_folder)
 
-    def _mark_whole(self, checkpoint: Path) -> None:
-        self.accelerator.wait_for_everyone()  # all ranks have written their files
+    def _saves_in_collectives(self) -> bool:
+        """Whether ranks wait for each other inside of a save: sharded weights do, and the look for the best one."""
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled or self.is_distributed_loading_by_transformers
+        return sharded or bool(self.state.best_global_step)
+
+    def _on_main_process(self, change: Callable[[Path], None], checkpoint: Path) -> None:
+        failure = None
         if self.accelerator.is_main_process:
-            mark_whole(checkpoint)
-        self.accelerator.wait_for_everyone()
+            try:
+                change(checkpoint)
+            except OSError as error:
+                failure = error
+        self._agree_on_saved(checkpoint, failure)
+
+    def _agree_on_saved(self, checkpoint: Path, failure: BaseException | None) -> None:
+        """Wait for all ranks, and raise on all of them if one has failed."""
+        if self._any_rank(failure is not None):
+            raise self._not_saved(checkpoint, failure) from failure
+
+    def _not_saved(self, checkpoint: Path, failure: BaseException | None) -> CheckpointNotSaved:
+        whole, _ = newest_whole(checkpoint.parent)
+        return CheckpointNotSaved(
+            f"{checkpoint} could not be saved: {failure or 'another rank failed, see its message'}. "
+            + (f"{whole} is whole: make room and go on from there." if whole else "There is no other checkpoint.")
+        )
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Take a micro-batch's gradient as [`~trl.GRPOTrainer`] does, and keep what its loss adds to the step's."""
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        self._loss_of_step = self._loss_of_step + loss.float()  # a sum with a number that is not finite is not, either
+        return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        grad_norm = super()._get_grad_norm(model, grad_norm)  # over all ranks, so all of them see the same
-        if grad_norm is not None and not math.isfinite(grad_norm):
-            gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-            bad = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
-            # Scaling by a norm that is not finite spreads it over all parameters: then they tell nothing.
-            where = f", in {bad}" if 0 < len(bad) < len(gradients) else ""
-            raise ValueError(
-                f"Gradients must be finite: their norm is {float(grad_norm)} in step {self.state.global_step + 1}"
-                f"{where}. Nothing of this step is saved. Go on from the last checkpoint with a lower learning rate, "
-                "or with another dtype."
+        losses = self.accelerator.gather(self._loss_of_step.reshape(1).to(self.accelerator.device))  # (ranks,)
+        self._loss_of_step = torch.zeros(())
+        bad_ranks = (~losses.isfinite()).nonzero().flatten().tolist()
+        if bad_ranks:
+            raise self._not_finite(
+                f"The loss must be finite: it is {losses[bad_ranks[0]].item()}", f"on rank {bad_ranks}"
             )
-        return grad_norm
+        grad_norm = super()._get_grad_norm(model, grad_norm)  # over all ranks, so all of them see the same
+        # Under fp16 a gradient too large for the loss scale is not bad: the step is left out and the scale lowered.
+        # DeepSpeed stops by itself when its scale can fall no further. It has called a norm that is not finite -1.
+        if grad_norm is None or 0 <= grad_norm < math.inf or self._scales_loss():
+            return grad_norm
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        bad = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
+        # Scaling by a norm that is not finite spreads it over all parameters: then they tell nothing.
+        where = f"in {bad}" if 0 < len(bad) < len(gradients) else ""
+        raise self._not_finite(f"Gradients must be finite: their norm is {float(grad_norm)}", where)
+
+    def _scales_loss(self) -> bool:
+        """Whether a loss scale is there that can still be lowered."""
+        if self.accelerator.mixed_precision != "fp16":
+            return False
+        return self.accelerator.scaler is None or self.accelerator.scaler.get_scale() >= 1
+
+    def _not_finite(self, what: str, where: str) -> ValueError:
+        return ValueError(
+            f"{what} in step {self.state.global_step + 1}{where and f', {where}'}. Nothing of this step is saved. "
+            "Go on from the last checkpoint with a lower learning rate, or with another dtype."
+        )
 
     def _forget_evaluation(self) -> None:
         """

@@ -22,6 +22,7 @@ from .resumable import ResumableTrainer
 from .sampler import check_law
 from .sampler_correction import correct_sampler
 from .step_statistics import StepStatistics
+from .tracking import versions
 
 # What a rollout batch of text consists of: one row per completion, or one number for the whole batch.
 _ROW_TENSORS = (
@@ -171,6 +172,9 @@ class OPOTrainer(ResumableTrainer):
         self.args.check_contract()
         self._check_sampler()
         return super().train(*args, **kwargs)
+
+    def _describe(self) -> dict[str, Any]:
+        return {"opo": {**self.args.contract(), "versions": versions("opo-trl", "trl", "transformers", "torch")}}
 
     def _check_sampler(self) -> None:
         """Refuse a generation config that, merged as the backend merges it, samples from another law."""

@@ -1,0 +1,75 @@
+"""Weights & Biases: a resumed run goes on in the run that its checkpoint belongs to, and each says what it trains."""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerState, TrainingArguments
+from transformers.integrations.integration_utils import WandbCallback
+
+RUN_FILE = "wandb_run.json"  # in a checkpoint
+
+
+class ContinuedWandb(WandbCallback):
+    """
+    [`~transformers.integrations.WandbCallback`] that goes on in the run of the checkpoint that training resumes from.
+
+    Whoever has started a run himself, or has set `WANDB_RUN_ID`, gets that one; `WANDB_RESUME=never` gives a new one.
+
+    Args:
+        description (`Callable`):
+            Returns what the run's config says besides the training arguments; called when the run starts.
+    """
+
+    def __init__(self, description: Callable[[], Mapping[str, Any]]) -> None:
+        super().__init__()
+        self.description = description
+        self.continued: dict[str, str] | None = None  # id, project and entity of the run to go on in
+
+    def go_on_from(self, checkpoint: Path) -> None:
+        """Take the run of a checkpoint, where it has one, for the one to go on in."""
+        path = checkpoint / RUN_FILE
+        self.continued = json.loads(path.read_text()) if path.is_file() else None
+
+    def keep_run(self, checkpoint: Path) -> None:
+        """Write which run a checkpoint belongs to."""
+        import wandb
+
+        run = wandb.run
+        if run is not None:
+            checkpoint.mkdir(parents=True, exist_ok=True)
+            names = {"id": run.id, "project": run.project, "entity": run.entity}
+            (checkpoint / RUN_FILE).write_text(json.dumps(names))
+
+    def setup(self, args: TrainingArguments, state: TrainerState, model: Any, **kwargs: Any) -> None:
+        """Start the run, or go on in the kept one, and add the description to its config."""
+        import wandb
+
+        if state.is_world_process_zero and self.continued and wandb.run is None and not state.is_hyper_param_search:
+            _go_on_in(self.continued, args.run_name)
+        super().setup(args, state, model, **kwargs)
+        if state.is_world_process_zero:
+            wandb.config.update(dict(self.description()), allow_val_change=True)
+
+
+def _go_on_in(run: dict[str, str], name: str | None) -> None:
+    import wandb
+
+    resume: Any = os.getenv("WANDB_RESUME", "allow")
+    if resume == "never" or os.getenv("WANDB_RUN_ID"):
+        return
+    wandb.init(
+        id=run["id"],
+        project=os.getenv("WANDB_PROJECT", run["project"]),
+        entity=os.getenv("WANDB_ENTITY", run["entity"]) or None,
+        name=name,
+        resume=resume,
+    )
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Return the installed version of each package."""
+    return {package: version(package) for package in packages}
