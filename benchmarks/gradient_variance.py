@@ -385,7 +385,7 @@ def plot(policies: dict[str, Any], completions: dict[str, Completions], path: Pa
         lower.set_yscale("log")
         slope = summary["squared_norm_and"]["lengths"]["log_log_slope"]["value"]
         lower.set_title(f"squared gradient norm by length, log-log slope {slope:.2f}", fontsize=9, loc="left")
-    axes[0][0].legend(fontsize=7)
+    axes[0][-1].legend(fontsize=7, ncol=2, loc="upper right")
     axes[1][0].legend(fontsize=7, markerscale=4)
     for axis in axes.flat:
         axis.grid(alpha=0.3)
