@@ -27,7 +27,9 @@ ALLOWED = {
     "determinism": set(),
     "epoch_order": set(),
     "preemption": set(),
-    "resumable": {"checkpoints", "epoch_order", "preemption"},
+    "hub": set(),
+    "model_card": set(),
+    "resumable": {"checkpoints", "epoch_order", "hub", "preemption"},
     "trainer": {
         "baselines",
         "config",
@@ -35,6 +37,7 @@ ALLOWED = {
         "evaluation",
         "metrics",
         "microbatches",
+        "model_card",
         "preflight",
         "resumable",
         "sampler",

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints
 from trl import GRPOTrainer
 
 from .checkpoints import mark_whole, newest_whole, unmark
 from .epoch_order import EpochOrder
+from .hub import BackgroundPushes, PushError, claim_repository
 from .preemption import EXIT_CODE, Preemption
 
 logger = logging.getLogger(__name__)
@@ -31,13 +33,25 @@ class ResumableTrainer(GRPOTrainer):
     4. An evaluation before training does not keep gradients from being averaged.
     5. After a SIGTERM the run saves at the next step boundary, all ranks alike, and exits with code 75, without
        evaluating or pushing ([`~opo_trl.preemption.Preemption`]).
+    6. A Hub that refuses the push is an error before the model is loaded ([`~opo_trl.hub.claim_repository`]). A push
+       that fails later is warned about and does not stop training; [`push_to_hub`], [`save_model`] and [`end`] make
+       their own attempt and then raise, on all ranks.
+
+    Attributes:
+        push_failures (`list[str]`):
+            What did not reach the Hub, and why: the same on all ranks after [`train`], [`push_to_hub`] and [`end`].
     """
 
     model: Any
     model_wrapped: Any
+    push_in_progress: Any
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, model: Any, reward_funcs: Any, args: Any, *rest: Any, **kwargs: Any) -> None:
+        self._hub_repository = claim_repository(args)
+        self._pushes = BackgroundPushes()
+        self._unpushed: str | None = None  # the newest checkpoint, if it was saved while another one was uploading
+        self.push_failures: list[str] = []
+        super().__init__(model, reward_funcs, args, *rest, **kwargs)
         self._preemption = Preemption(self._any_rank)
         self.add_callback(self._preemption)
 
@@ -62,6 +76,8 @@ class ResumableTrainer(GRPOTrainer):
             resume_from_checkpoint = self._newest_whole_checkpoint()
         with self._preemption.listening():
             output = super().train(resume_from_checkpoint, *args, **kwargs)
+        if self.push_failures and self.accelerator.is_main_process:
+            logger.error("%s", PushError(self.push_failures))
         if self._preemption.ends:
             self.accelerator.print(
                 f"Asked to stop: step {self.state.global_step} is saved. Go on with resume_from_checkpoint=True."
@@ -88,6 +104,8 @@ class ResumableTrainer(GRPOTrainer):
         return str(checkpoint)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.args.push_to_hub and self.args.hub_always_push:
+            self._wait_for_pushes()  # else this save would overwrite what the last one is still sending
         directory = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         if self.accelerator.is_main_process:
             unmark(directory)
@@ -106,15 +124,110 @@ class ResumableTrainer(GRPOTrainer):
                 f"{directory} could not be saved: {failure or 'another rank failed, see its message'}. "
                 + (f"{whole} is whole: make room and go on from there." if whole else "There is no other checkpoint.")
             ) from failure
-        if not self.args.push_to_hub:  # else it was marked before it was pushed
-            self._mark_whole(directory)
-        if self.args.should_save:
-            rotate_checkpoints(str(directory.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
+        self._mark_whole(directory)
+        self._rotate_checkpoints(directory.parent)
+        if self.args.push_to_hub and not self._preemption.ends:  # whoever asked to stop does not wait for an upload
+            self._push(str(directory))
+
+    def _rotate_checkpoints(self, run_directory: Path) -> None:
+        """Delete what exceeds `save_total_limit`, but nothing while a checkpoint is on its way to the Hub."""
+        if self.args.should_save and not self._pushes.running():
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(str(run_directory), self.args.save_total_limit, best, use_mtime=True)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Take the repository that the constructor has claimed, on all ranks."""
+        if self._hub_repository is None:  # push_to_hub() of a run that was not going to push
+            super().init_hf_repo(token, private)
+        else:
+            self.hub_model_id, self.push_in_progress = self._hub_repository, None
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        self._mark_whole(Path(checkpoint_folder))  # the marker goes to the Hub, too
-        if not self._preemption.ends:  # whoever asked to stop waits seconds, not for an upload
+        """Leave it to `_save_checkpoint`: here, in the middle of the parent's, the checkpoint is not whole yet."""
+
+    def _push(self, checkpoint_folder: str) -> None:
+        """Start to push a whole checkpoint. It fails as a push, never as a save: the checkpoint is on the disk."""
+        if not self.accelerator.is_main_process or self.args.hub_strategy == HubStrategy.END:
+            return
+        self._pushes.running()  # says what has failed since the last save
+        before = list(self.push_in_progress.jobs) if self.push_in_progress else []
+        failed = False
+        try:
             super()._push_from_checkpoint(checkpoint_folder)
+        except Exception as error:
+            failed = True
+            self._pushes.fail(f"step {self.state.global_step}", error)
+        jobs = [job for job in (self.push_in_progress.jobs if self.push_in_progress else []) if job not in before]
+        for part, job in zip(("model", "checkpoint"), jobs, strict=False):  # the strategy every_save has the model only
+            self._pushes.watch(f"{part} of step {self.state.global_step}", job)
+        self._unpushed = None if jobs or failed else checkpoint_folder
+
+    def _wait_for_pushes(self) -> None:
+        """Wait for what the main process uploads: all ranks together, in turns that no collective's timeout cuts."""
+        while self._any_rank(self._pushes.running(seconds=10)):
+            pass
+        self.push_failures = broadcast_object_list([self._pushes.failures])[0]
+
+    def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
+        waits_from = time.time()
+        if self.args.push_to_hub and self._preemption.ends:
+            self._pushes.cancel()
+        elif self.args.push_to_hub:
+            self._wait_for_pushes()
+            if self._unpushed is not None:
+                self._push(self._unpushed)
+            self._wait_for_pushes()
+            self._rotate_checkpoints(Path(self._get_output_dir(trial=trial)))
+        # An upload is no training: the parent's speed metrics count from `start_time`.
+        return super()._finalize_training(trial, num_train_samples, start_time + time.time() - waits_from)
+
+    def push_to_hub(
+        self, commit_message: str | None = "End of training", blocking: bool = True, *args: Any, **kwargs: Any
+    ) -> Any:
+        """
+        Push as [`~transformers.Trainer.push_to_hub`] does, and wait for it on all ranks alike.
+
+        Args:
+            commit_message, blocking, *args, **kwargs:
+                As in [`~transformers.Trainer.push_to_hub`].
+
+        Returns:
+            As [`~transformers.Trainer.push_to_hub`]; `None` on all ranks but the first.
+
+        Raises:
+            PushError: After its own attempt, on all ranks, if that or any earlier push of this trainer has failed.
+        """
+        self._wait_for_pushes()
+        job, failure = None, None
+        try:
+            job = super().push_to_hub(commit_message, False, *args, **kwargs)
+        except Exception as error:  # on one rank, perhaps: all of them must hear of it
+            failure = error
+            self._pushes.fail(f"{commit_message!r}", error)
+        if self._any_rank(failure is not None):
+            self.push_failures = self._pushes.failures or [f"{commit_message!r}: another rank failed, see its message"]
+            raise PushError(self.push_failures) from failure
+        if job is not None:
+            self._pushes.watch(f"{commit_message!r}", job)
+        if not blocking:
+            return job
+        self._wait_for_pushes()
+        if self.push_failures:
+            raise PushError(self.push_failures)
+        return None if job is None else job.result()
+
+    def end(self) -> None:
+        """
+        End as [`~transformers.Trainer.end`] does.
+
+        Raises:
+            PushError: After everything is closed, on all ranks, if any push has failed.
+        """
+        if self.args.push_to_hub:
+            self._wait_for_pushes()
+        super().end()
+        if self.push_failures:
+            raise PushError(self.push_failures)
 
     def _mark_whole(self, checkpoint: Path) -> None:
         self.accelerator.wait_for_everyone()  # all ranks have written their files

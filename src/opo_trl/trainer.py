@@ -3,6 +3,7 @@
 import inspect
 import textwrap
 from collections.abc import Sized
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from .determinism import disable_dropout
 from .evaluation.pass_at_k import mean_pass_at_k
 from .metrics import rollout_metrics
 from .microbatches import MEMORY_SHARE, cut_rows, deal_rows, plan_microbatches
+from .model_card import complete_model_card, is_hub_name
 from .preflight import check_prompts, check_tokenizer, check_trainable, pass_at_k_reward
 from .resumable import ResumableTrainer
 from .sampler import law_changes
@@ -172,6 +174,22 @@ class OPOTrainer(ResumableTrainer):
         self.args.check_contract()
         self._check_sampler()
         return super().train(*args, **kwargs)
+
+    def create_model_card(self, model_name: Any = None, dataset_name: str | None = None, tags: Any = None) -> None:
+        """Write the model card as TRL does, and complete it; a dataset that is not on the Hub is not linked."""
+        if not self.is_world_process_zero() or self._pushes.running():  # no file changes on its way to the Hub
+            return
+        linked = dataset_name if dataset_name is not None and is_hub_name(dataset_name) else None
+        super().create_model_card(model_name, linked, tags)
+        complete_model_card(
+            Path(self.args.output_dir, "README.md"),
+            self.args,
+            self.state,
+            base_model=self.accelerator.unwrap_model(self.model).config.name_or_path,
+            reward_names=self.reward_func_names,
+            num_problems=len(self.train_dataset) if isinstance(self.train_dataset, Sized) else None,
+            dataset_name=dataset_name,
+        )
 
     def _check_sampler(self) -> None:
         """Refuse a generation config that, merged as the backend merges it, samples from another law."""
