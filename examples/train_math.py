@@ -17,8 +17,8 @@ A real model on GSM8K, on one GPU:
 
 Add `--use_peft` for LoRA, `--config file.yaml` to read arguments from a file (the command line wins; `examples/configs`
 has recipes for the paper's experiments), and `--resume_from_checkpoint true` to go on from the last checkpoint in
-`--output_dir`. With `--push_to_hub`, a Hub that refuses is an error before the trainer loads the model; a push that fails
-later costs no file, and the exit status is 1.
+`--output_dir`. With `--push_to_hub`, a Hub that refuses is an error before the trainer loads the model; a push that
+fails later costs no file, and the exit status is 1.
 """
 
 import sys

@@ -3,8 +3,8 @@ Runs that push to the Hub, all in one process with an endpoint of its own; see t
 
     HF_ENDPOINT=... python tests/hub_run.py OUTPUT_DIR CASE... -- ARGUMENT...
 
-Writes OUTPUT_DIR/results.json: for each case what it returned or raised, and what was logged at which step. Then it runs
-`examples/train_math.py` with the arguments, as a script, and ends as that does.
+Writes OUTPUT_DIR/results.json: for each case what it returned or raised, and what was logged at which step. Then it
+runs `examples/train_math.py` with the arguments, as a script, and ends as that does.
 """
 
 import json

@@ -143,11 +143,11 @@ def last_metrics(history: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     nothing: Mapping[str, Any] = {}
     training = next((entry for entry in reversed(history) if "reward" in entry), nothing)
     for name, title in _TRAINING_METRICS.items():
-        if name in training:
+        if training.get(name) is not None:  # no reward where no completion could be scored
             metrics[f"{title}, step {training['step']}"] = f"{training[name]:.4g}"
     evaluation = next((entry for entry in reversed(history) if any(_is_result(name) for name in entry)), nothing)
     for name, value in evaluation.items():
-        if _is_result(name):
+        if _is_result(name) and value is not None:
             title = name.removeprefix("eval_").replace("_", " ")
             metrics[f"held-out {title}, step {evaluation['step']}"] = f"{value:.4g}"
     return metrics
