@@ -13,6 +13,7 @@ import runpy
 import sys
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -105,7 +106,7 @@ def quota(output_dir):
     trainer.train()
     trained = outcome(trainer)
     raised = []
-    for call in (trainer.push_to_hub, trainer.save_model, trainer.end):
+    for call in (partial(trainer.push_to_hub, dataset_name="openai/gsm8k"), trainer.save_model, trainer.end):
         try:
             call()
         except Exception as error:

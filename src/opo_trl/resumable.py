@@ -153,6 +153,8 @@ class ResumableTrainer(GRPOTrainer):
         before = list(self.push_in_progress.jobs) if self.push_in_progress else []
         failed = False
         try:
+            if self._unpushed == checkpoint_folder:  # its turn has come, and that of its card
+                self.create_model_card()
             super()._push_from_checkpoint(checkpoint_folder)
         except Exception as error:
             failed = True

@@ -177,8 +177,9 @@ class OPOTrainer(ResumableTrainer):
 
     def create_model_card(self, model_name: Any = None, dataset_name: str | None = None, tags: Any = None) -> None:
         """Write the model card as TRL does, and complete it; a dataset that is not on the Hub is not linked."""
-        if not self.is_world_process_zero() or self._pushes.running():  # no file changes on its way to the Hub
-            return
+        if not self.is_world_process_zero() or self._pushes.running():
+            return  # a card on its way to the Hub stays that of its step
+        model_name = model_name or Path(self.hub_model_id or self.args.output_dir).absolute().name
         linked = dataset_name if dataset_name is not None and is_hub_name(dataset_name) else None
         super().create_model_card(model_name, linked, tags)
         complete_model_card(
