@@ -1,14 +1,15 @@
 """
 Runs that push to the Hub, all in one process with an endpoint of its own; see test_hub.py.
 
-    HF_ENDPOINT=... python tests/hub_run.py OUTPUT_DIR CASE... -- ARGUMENT...
+    HF_ENDPOINT=... python tests/hub_run.py OUTPUT_DIR CASE... [-- ARGUMENT...]
 
-Writes OUTPUT_DIR/results.json: for each case what it returned or raised, and what was logged at which step. Then it
-runs `examples/train_math.py` with the arguments, as a script, and ends as that does.
+Writes OUTPUT_DIR/results.RANK.json: for each case what it returned or raised, and what was logged at which step. Then
+it runs `examples/train_math.py` with the arguments, if there are any, as a script, and ends as that does.
 """
 
 import json
 import logging
+import os
 import runpy
 import sys
 import time
@@ -49,7 +50,7 @@ class PushDoneAfter(TrainerCallback):
         self.steps, self.stop_at = steps, stop_at
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step in self.steps:
+        if state.global_step in self.steps and state.is_world_process_zero:
             WATCHED.trainer.push_in_progress.wait_until_done()
         if state.global_step == self.stop_at:
             raise InterruptedError("the machine is gone")
@@ -186,7 +187,9 @@ def make_without_model(output_dir, **settings):
 
 
 def main():
-    output_dir, names = Path(sys.argv[1]), sys.argv[2 : sys.argv.index("--")]
+    output_dir, names, arguments = Path(sys.argv[1]), sys.argv[2:], []
+    if "--" in names:
+        names, arguments = names[: names.index("--")], names[names.index("--") + 1 :]
     logging.getLogger("opo_trl").addHandler(WATCHED)
     results = {}
     for name in names:
@@ -197,10 +200,11 @@ def main():
         except Exception as error:
             result = {"error": f"{type(error).__name__}: {error}"}
         results[name] = {"result": result, "log": WATCHED.lines, "seconds": time.perf_counter() - start}
-    (output_dir / "results.json").write_text(json.dumps(results, indent=1))
-    script = Path(__file__).parents[1] / "examples" / "train_math.py"
-    sys.argv = [str(script), *sys.argv[sys.argv.index("--") + 1 :]]
-    runpy.run_path(str(script), run_name="__main__")
+    (output_dir / f"results.{os.environ.get('RANK', 0)}.json").write_text(json.dumps(results, indent=1))
+    if arguments:
+        script = Path(__file__).parents[1] / "examples" / "train_math.py"
+        sys.argv = [str(script), *arguments]
+        runpy.run_path(str(script), run_name="__main__")
 
 
 if __name__ == "__main__":

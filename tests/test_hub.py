@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,10 @@ CASES = (
     "every_save", "checkpoint", "every_checkpoint", "end", "slow", "quota", "interrupted_and_resumed", "preempted",
     "refused", "not_asked",
 )  # fmt: skip
+QUOTA = (
+    Fault("POST /api/models/alice/quota/commit", 403, "Private repository storage limit reached", times=1),
+    Fault("POST /api/models/alice/quota/commit", 503, "Service unavailable", first=2, times=1),
+)
 
 
 def environment(hub, home, **variables):
@@ -59,8 +64,7 @@ def pushed(tmp_path_factory, chat_model_dir, problems):
     hub = HubStandIn()
     hub.repositories |= {"alice/there": Repository(), "bob/public": Repository()}
     hub.faults = [
-        Fault("POST /api/models/alice/quota/commit", 403, "Private repository storage limit reached", times=1),
-        Fault("POST /api/models/alice/quota/commit", 503, "Service unavailable", first=2, times=1),
+        *map(replace, QUOTA),
         Fault("POST /api/models/alice/slow/preupload", None, delay=1.0, times=1),
         Fault("GET /api/models/alice/down/auth-check", 500, "Internal Server Error"),
         Fault("POST /api/models/alice/math/commit", 403, "Quota exceeded", first=2),
@@ -70,8 +74,9 @@ def pushed(tmp_path_factory, chat_model_dir, problems):
     run = subprocess.run(
         command, env=environment(hub, output_dir / "home", HF_TOKEN="hf_writer"), capture_output=True, text=True
     )
-    assert (output_dir / "results.json").exists(), run.stderr[-3000:]
-    yield hub, output_dir, json.loads((output_dir / "results.json").read_text()) | {"train_math": run}
+    results = output_dir / "results.0.json"
+    assert results.exists(), run.stderr[-3000:]
+    yield hub, output_dir, json.loads(results.read_text()) | {"train_math": run}
     hub.close()
 
 
@@ -191,19 +196,19 @@ def test_who_is_asked_to_stop_saves_and_does_not_push(pushed):
     assert json.loads(state)["global_step"] == 4
 
 
-@pytest.mark.parametrize(
-    ("case", "name", "answer"),
-    [
-        ("no such token", "alice/new", "401"),
-        ("read-only token", "alice/new", "You don't have the rights to create a model"),
-        ("read-only token, own repository", "alice/there", "You don't have the required permissions"),
-        ("foreign namespace", "bob/new", "the namespace 'bob'"),
-        ("foreign repository", "bob/public", "You don't have the required permissions"),
-        ("public where private is wanted", "alice/there", "hub_private_repo=True, but it exists and is public"),
-        ("down", "alice/down", "500"),
-        ("no name", "not a name", "HFValidationError"),
-    ],
-)
+REFUSALS = [
+    ("no such token", "alice/new", "401"),
+    ("read-only token", "alice/new", "You don't have the rights to create a model"),
+    ("read-only token, own repository", "alice/there", "You don't have the required permissions"),
+    ("foreign namespace", "bob/new", "the namespace 'bob'"),
+    ("foreign repository", "bob/public", "You don't have the required permissions"),
+    ("public where private is wanted", "alice/there", "hub_private_repo=True, but it exists and is public"),
+    ("down", "alice/down", "500"),
+    ("no name", "not a name", "HFValidationError"),
+]
+
+
+@pytest.mark.parametrize(("case", "name", "answer"), REFUSALS)
 def test_a_hub_that_says_no_is_an_error_before_the_model_is_looked_for(pushed, case, name, answer):
     message = pushed[2]["refused"]["result"][case]
     assert message.startswith(f"ValueError: push_to_hub=True needs a repository that may be written to, got {name!r}: ")
@@ -297,3 +302,32 @@ def test_train_math_pushes_and_ends_well(tmp_path, chat_model_dir, problems):
     assert model == local_files(output_dir)
     assert below(repository.files, "last-checkpoint") == local_files(output_dir / "checkpoint-4")
     assert "| dataset | `problems.jsonl` |" in repository.files["README.md"].decode()
+
+
+@pytest.mark.slow
+def test_two_ranks_hear_the_same(tmp_path):
+    """Only the first asks and pushes; both refuse, wait and raise alike."""
+    hub = HubStandIn()
+    hub.repositories |= {"alice/there": Repository(), "bob/public": Repository()}
+    hub.faults = [*map(replace, QUOTA), Fault("GET /api/models/alice/down/auth-check", 500, "Internal Server Error")]
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+        str(TESTS / "hub_run.py"), str(tmp_path), "refused", "slow", "quota",
+    ]  # fmt: skip
+    variables = environment(hub, tmp_path / "home", ACCELERATE_USE_CPU="true")
+    run = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
+    hub.close()
+    assert run.returncode == 0, run.stderr[-3000:]
+    first, second = (json.loads((tmp_path / f"results.{rank}.json").read_text()) for rank in (0, 1))
+    for case in ("refused", "slow", "quota"):
+        assert first[case]["result"] == second[case]["result"]
+    assert len(first["refused"]["result"]) == len(REFUSALS)
+    assert first["slow"]["result"] == {"step": 8, "failures": []}
+    assert len(first["quota"]["result"]["failures"]) == 2
+    assert [name for name, _ in first["quota"]["result"]["raised"]] == ["PushError"] * 3
+    assert not second["quota"]["log"], "one rank says it"
+    assert below(hub.repositories["alice/slow"].files, "last-checkpoint").keys() >= {
+        "rng_state_0.pth",
+        "rng_state_1.pth",
+        MARKER,
+    }

@@ -89,9 +89,7 @@ class BackgroundPushes:
     def fail(self, what: str, error: BaseException) -> None:
         """Remember a push that has failed, and say so."""
         self.failures.append(f"{what}: {describe_error(error)}")
-        logger.warning(
-            "A push to the Hub failed, %s. Training goes on, its files are in output_dir.", self.failures[-1]
-        )
+        logger.warning("A push to the Hub failed, %s. The run goes on; the files are in output_dir.", self.failures[-1])
 
     def running(self, seconds: float = 0.0) -> bool:
         """Wait for the pushes that have started, so many seconds at most; return whether any of them still runs."""
