@@ -17,8 +17,8 @@ A real model on GSM8K, on one GPU:
 
 Add `--use_peft` for LoRA, `--config file.yaml` to read arguments from a file (the command line wins; `examples/configs`
 has recipes for the paper's experiments), and `--resume_from_checkpoint true` to go on from the last checkpoint in
-`--output_dir`. With `--push_to_hub`, a Hub that refuses is an error before the trainer loads the model; a push that
-fails later costs no file, and the exit status is 1.
+`--output_dir`. With `--push_to_hub`, a Hub that refuses is an error before anything loads; a push that fails later
+costs no file, and the exit status is 1.
 """
 
 import sys
@@ -39,7 +39,7 @@ from opo_trl import OPOConfig, OPOTrainer
 from opo_trl.data import INSTRUCTION, drop_by_pass_rate, drop_overlapping, hold_out
 from opo_trl.evaluation import pass_rates
 from opo_trl.evaluation.records_file import read_records
-from opo_trl.hub import PushError
+from opo_trl.hub import PushError, claim_repository
 from opo_trl.rewards import math_verify_reward
 from problems import EMBEDDED_DATASET, fit_to_tokenizer, load_problems, parse_dataset
 from reporting import ConsoleProgress, describe, measure, write_summary
@@ -176,6 +176,7 @@ def main(arguments: list[str] | None = None) -> dict | None:
     script_args, training_args, model_args = parser.parse_args_and_config(arguments or ["--config", str(QUICKSTART)])
     disable_progress_bars()
     state = PartialState()
+    claim_repository(training_args)  # the trainer does so, too, but after the measurement of a report
 
     # Problems and tokenizer come first: their faults show before a model loads.
     with_eval = training_args.eval_strategy != "no" or script_args.report

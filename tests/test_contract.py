@@ -12,12 +12,14 @@ from collections import deque
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, TrainingArguments
+from transformers import GenerationConfig, Trainer, TrainingArguments
+from transformers.utils.hub import PushInProgress
 from trl import GRPOConfig, GRPOTrainer
 
 import opo_trl
 from opo_trl import OPOTrainer
 from opo_trl.config import _CONTRACT
+from opo_trl.model_card import NO_BASE_MODEL, NO_REPOSITORY, VERSIONS
 from tiny import GROUP_SIZE, scripted_trainer
 
 
@@ -200,3 +202,23 @@ def test_checkpoints_and_gradient_norm():
     assert parameters(GRPOTrainer._push_from_checkpoint) == ["self", "checkpoint_folder"]
     assert parameters(GRPOTrainer._get_grad_norm) == ["self", "model", "grad_norm"]
     assert parameters(GRPOTrainer.train)[1] == "resume_from_checkpoint"
+
+
+def test_pushes():
+    """Seams on transformers' Trainer: it starts pushes in the background, and never asks what became of them."""
+    assert parameters(GRPOTrainer.init_hf_repo) == ["self", "token", "private"]
+    assert parameters(GRPOTrainer.push_to_hub)[:3] == ["self", "commit_message", "blocking"]
+    assert parameters(GRPOTrainer._finalize_training) == ["self", "trial", "num_train_samples", "start_time"]
+    assert parameters(GRPOTrainer.end) == ["self"]
+    assert parameters(GRPOTrainer.create_model_card) == ["self", "model_name", "dataset_name", "tags"]
+    source = inspect.getsource(Trainer._push_from_checkpoint)
+    assert "push_jobs = [model_push_job]" in source, "the jobs of a push: the model first, then the checkpoint"
+    assert "PushInProgress(push_jobs)" in source
+    assert PushInProgress(["job"]).jobs == ["job"]
+
+
+def test_what_trl_writes_into_a_card_without_a_base_model_and_a_repository(tmp_path):
+    trainer = scripted_trainer(tmp_path)
+    GRPOTrainer.create_model_card(trainer, model_name="name")
+    card = (tmp_path / "README.md").read_text()
+    assert all(text in card for text in (NO_BASE_MODEL, NO_REPOSITORY, VERSIONS))

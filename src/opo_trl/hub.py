@@ -19,7 +19,7 @@ class PushError(RuntimeError):
         listed = "".join(f"\n- {failure}" for failure in failures)
         super().__init__(
             f"{len(failures)} push(es) to the Hub failed, and every file is in output_dir, from where "
-            f"`hf upload REPO OUTPUT_DIR --exclude 'checkpoint-*'` sends it:{listed}"
+            f"`hf upload REPO OUTPUT_DIR . --exclude 'checkpoint-*'` sends it:{listed}"
         )
 
 

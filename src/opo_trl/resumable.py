@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints
 from trl import GRPOTrainer
 
-from .checkpoints import mark_whole, newest_whole, unmark
+from .checkpoints import MARKER, mark_whole, newest_whole, unmark, what_is_missing
 from .epoch_order import EpochOrder
 from .hub import BackgroundPushes, PushError, claim_repository
 from .preemption import EXIT_CODE, Preemption
@@ -67,13 +67,16 @@ class ResumableTrainer(GRPOTrainer):
                 As in [`~transformers.Trainer.train`].
 
         Raises:
-            ValueError: If there is no whole checkpoint, or, during training, if a gradient is not finite.
+            ValueError: If there is no whole checkpoint, or the one named lacks a file that its marker lists; or, during
+                training, if a gradient is not finite.
             RuntimeError: During training, on all ranks, if a checkpoint cannot be saved; names the last whole one.
             SystemExit: With code 75, after a SIGTERM and the checkpoint that follows it.
         """
         self._forget_evaluation()
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self._newest_whole_checkpoint()
+        elif resume_from_checkpoint:
+            self._check_named_checkpoint(Path(resume_from_checkpoint))
         with self._preemption.listening():
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         if self.push_failures and self.accelerator.is_main_process:
@@ -102,6 +105,16 @@ class ResumableTrainer(GRPOTrainer):
         if reasons and self.accelerator.is_main_process:
             logger.warning("Going on from %s. Passed over what is not whole: %s", checkpoint, reasons)
         return str(checkpoint)
+
+    def _check_named_checkpoint(self, checkpoint: Path) -> None:
+        """Refuse a checkpoint that lacks what its marker lists, as after half a download; without a marker it is taken."""
+        has_marker = self.accelerator.is_main_process and (checkpoint / MARKER).exists()
+        (missing,) = broadcast_object_list([what_is_missing(checkpoint) if has_marker else None])
+        if missing is not None:
+            raise ValueError(
+                f"resume_from_checkpoint needs a whole checkpoint, got {str(checkpoint)!r}: {missing}. Copy or "
+                "download it again, or go on from another one."
+            )
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self.args.push_to_hub and self.args.hub_always_push:
