@@ -13,6 +13,7 @@ import os
 import runpy
 import sys
 import time
+from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -139,8 +140,17 @@ def interrupted_and_resumed(output_dir):
     }
 
 
+class StuckPush(TrainerCallback):
+    """An upload that never ends, from the fifth step on."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 4:
+            WATCHED.trainer._pushes.watch("a stuck upload", Future())
+
+
 def preempted(output_dir):
-    trainer = pushing_trainer(output_dir, "alice/preempted", callbacks=[AskedInTheMiddle(step=5), PushDoneAfter([5])])
+    callbacks = [AskedInTheMiddle(step=5), PushDoneAfter([5]), StuckPush()]
+    trainer = pushing_trainer(output_dir, "alice/preempted", hub_always_push=True, callbacks=callbacks)
     try:
         trainer.train()
     except SystemExit as ended:

@@ -201,13 +201,6 @@ class _Handler(BaseHTTPRequestHandler):
 
     # Routes
 
-    def _whoami(self, body: bytes) -> None:
-        user = self._user()
-        if user is None:
-            self._error(401, "Invalid username or password.")
-        else:
-            self._json({"name": user[0], "type": "user", "auth": {"accessToken": {"role": user[1]}}})
-
     def _create(self, body: bytes) -> None:
         wanted, user = json.loads(body), self._user()
         if user is None:
@@ -326,7 +319,6 @@ class _Handler(BaseHTTPRequestHandler):
 
 _NAME = r"(?P<name>[^/]+/[^/]+)"
 _ROUTES = [
-    ("GET", "/api/whoami-v2", _Handler._whoami),
     ("POST", "/api/repos/create", _Handler._create),
     ("GET", rf"/api/models/{_NAME}/auth-check(?P<write>/write)?", _Handler._auth_check),
     ("POST", "/api/validate-yaml", _Handler._validate_yaml),

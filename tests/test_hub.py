@@ -64,6 +64,7 @@ def pushed(tmp_path_factory, chat_model_dir, problems):
     hub = HubStandIn()
     hub.repositories |= {"alice/there": Repository(), "bob/public": Repository()}
     hub.faults = [
+        Fault("POST /api/models/alice/every-save/preupload", 503, "Try again", times=1),
         *map(replace, QUOTA),
         Fault("POST /api/models/alice/slow/preupload", None, delay=1.0, times=1),
         Fault("GET /api/models/alice/down/auth-check", 500, "Internal Server Error"),
@@ -71,9 +72,8 @@ def pushed(tmp_path_factory, chat_model_dir, problems):
     ]
     arguments = train_math_arguments(chat_model_dir, problems, output_dir / "math")
     command = [sys.executable, str(TESTS / "hub_run.py"), str(output_dir), *CASES, "--", *arguments]
-    run = subprocess.run(
-        command, env=environment(hub, output_dir / "home", HF_TOKEN="hf_writer"), capture_output=True, text=True
-    )
+    variables = environment(hub, output_dir / "home", HF_TOKEN="hf_writer")
+    run = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=400)
     results = output_dir / "results.0.json"
     assert results.exists(), run.stderr[-3000:]
     yield hub, output_dir, json.loads(results.read_text()) | {"train_math": run}
@@ -96,7 +96,7 @@ def below(files, folder):
 
 def test_every_save_leaves_the_folder_on_the_hub(pushed):
     hub, output_dir, results = pushed
-    assert results["every_save"]["result"] == {"step": 8, "failures": []}
+    assert results["every_save"]["result"] == {"step": 8, "failures": []}, "a short outage is none"
     repository = hub.repositories["alice/every-save"]
     assert repository.private
     assert [commit.summary for commit in repository.commits[1:]] == [
@@ -190,6 +190,7 @@ def test_a_run_goes_on_from_the_hub_to_the_same_bits(pushed):
 
 
 def test_who_is_asked_to_stop_saves_and_does_not_push(pushed):
+    """Nor does it wait for an upload that is under way."""
     hub, _, results = pushed
     assert results["preempted"]["result"] == {"code": 75, "whole": "checkpoint-5"}
     state = hub.repositories["alice/preempted"].files["last-checkpoint/trainer_state.json"]

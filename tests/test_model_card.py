@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from hub_stand_in import errors_of_card
 from opo_trl.model_card import is_hub_name, last_metrics
-from test_resume import PROMPTS, sampling_trainer
+from test_resume import PROMPTS, lora_model, sampling_trainer
 from tiny import scripted_trainer, tiny_model
 
 
@@ -57,6 +57,10 @@ def test_a_card_says_what_was_trained_how_and_what_came_out(tmp_path, chat_model
     assert f"| held-out reward, step 2 | {reward:.4g} |" in text
     assert "- OPO-TRL: " in text
     assert text.index("### Method") < text.index("### Results") < text.index("### Framework versions")
+
+
+def test_an_adapter_has_a_card_too(tmp_path):
+    assert "| steps | 0 of 0 |" in card_of(scripted_trainer(tmp_path, lora_model())).text
 
 
 def test_a_base_model_of_the_hub_is_linked(tmp_path):

@@ -34,13 +34,11 @@ _TRAINING_METRICS = {
 
 def is_hub_name(name: str) -> bool:
     """Whether a model's or dataset's name is one of the Hub: not a local path, and not empty."""
-    if not name or Path(name).exists():
-        return False
     try:
         validate_repo_id(name)
     except HFValidationError:
         return False
-    return True
+    return not Path(name).exists()
 
 
 def complete_model_card(

@@ -107,7 +107,7 @@ class ResumableTrainer(GRPOTrainer):
         return str(checkpoint)
 
     def _check_named_checkpoint(self, checkpoint: Path) -> None:
-        """Refuse a checkpoint that lacks what its marker lists, as after half a download; without a marker it is taken."""
+        """Refuse a checkpoint that lacks what its marker lists, as after half a download; it may have no marker."""
         has_marker = self.accelerator.is_main_process and (checkpoint / MARKER).exists()
         (missing,) = broadcast_object_list([what_is_missing(checkpoint) if has_marker else None])
         if missing is not None:
@@ -117,7 +117,8 @@ class ResumableTrainer(GRPOTrainer):
             )
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if self.args.push_to_hub and self.args.hub_always_push:
+        pushes = self.args.push_to_hub and not self._preemption.ends  # whoever asked to stop waits for no upload
+        if pushes and self.args.hub_always_push:
             self._wait_for_pushes()  # else this save would overwrite what the last one is still sending
         directory = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         if self.accelerator.is_main_process:
@@ -139,7 +140,7 @@ class ResumableTrainer(GRPOTrainer):
             ) from failure
         self._mark_whole(directory)
         self._rotate_checkpoints(directory.parent)
-        if self.args.push_to_hub and not self._preemption.ends:  # whoever asked to stop does not wait for an upload
+        if pushes:
             self._push(str(directory))
 
     def _rotate_checkpoints(self, run_directory: Path) -> None:
@@ -162,20 +163,19 @@ class ResumableTrainer(GRPOTrainer):
         """Start to push a whole checkpoint. It fails as a push, never as a save: the checkpoint is on the disk."""
         if not self.accelerator.is_main_process or self.args.hub_strategy == HubStrategy.END:
             return
-        self._pushes.running()  # says what has failed since the last save
-        before = list(self.push_in_progress.jobs) if self.push_in_progress else []
-        failed = False
+        self._unpushed = None
+        if self._pushes.running():  # the files that it reads must not change; its turn comes at the end of training
+            self._unpushed = checkpoint_folder
+            return
         try:
-            if self._unpushed == checkpoint_folder:  # its turn has come, and that of its card
-                self.create_model_card()
+            self.create_model_card()  # the parent's may have found the last one on its way
             super()._push_from_checkpoint(checkpoint_folder)
         except Exception as error:
-            failed = True
             self._pushes.fail(f"step {self.state.global_step}", error)
-        jobs = [job for job in (self.push_in_progress.jobs if self.push_in_progress else []) if job not in before]
-        for part, job in zip(("model", "checkpoint"), jobs, strict=False):  # the strategy every_save has the model only
+            return
+        # The strategy every_save has the model alone.
+        for part, job in zip(("model", "checkpoint"), self.push_in_progress.jobs, strict=False):
             self._pushes.watch(f"{part} of step {self.state.global_step}", job)
-        self._unpushed = None if jobs or failed else checkpoint_folder
 
     def _wait_for_pushes(self) -> None:
         """Wait for what the main process uploads: all ranks together, in turns that no collective's timeout cuts."""
@@ -187,6 +187,7 @@ class ResumableTrainer(GRPOTrainer):
         waits_from = time.time()
         if self.args.push_to_hub and self._preemption.ends:
             self._pushes.cancel()
+            self._pushes.running()  # says what has failed until now
         elif self.args.push_to_hub:
             self._wait_for_pushes()
             if self._unpushed is not None:

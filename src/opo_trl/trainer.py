@@ -186,7 +186,7 @@ class OPOTrainer(ResumableTrainer):
             Path(self.args.output_dir, "README.md"),
             self.args,
             self.state,
-            base_model=self.accelerator.unwrap_model(self.model).config.name_or_path,
+            base_model=self.model.config.name_or_path,
             reward_names=self.reward_func_names,
             num_problems=len(self.train_dataset) if isinstance(self.train_dataset, Sized) else None,
             dataset_name=dataset_name,
