@@ -73,7 +73,7 @@ def pushed(tmp_path_factory, chat_model_dir, problems):
     arguments = train_math_arguments(chat_model_dir, problems, output_dir / "math")
     command = [sys.executable, str(TESTS / "hub_run.py"), str(output_dir), *CASES, "--", *arguments]
     variables = environment(hub, output_dir / "home", HF_TOKEN="hf_writer")
-    run = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=400)
+    run = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=900)
     results = output_dir / "results.0.json"
     assert results.exists(), run.stderr[-3000:]
     yield hub, output_dir, json.loads(results.read_text()) | {"train_math": run}
