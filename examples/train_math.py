@@ -17,11 +17,13 @@ A real model on GSM8K, on one GPU:
 
 Add `--use_peft` for LoRA, `--config file.yaml` to read arguments from a file (the command line wins; `examples/configs`
 has recipes for the paper's experiments), and `--resume_from_checkpoint true` to go on from the last checkpoint in
-`--output_dir`.
+`--output_dir`. With `--push_to_hub`, a Hub that refuses is an error before anything loads; a push that fails later
+costs no file, and the exit status is 1.
 """
 
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -38,6 +40,7 @@ from opo_trl import OPOConfig, OPOTrainer
 from opo_trl.data import INSTRUCTION, drop_by_pass_rate, drop_overlapping, hold_out
 from opo_trl.evaluation import pass_rates
 from opo_trl.evaluation.records_file import read_records
+from opo_trl.hub import PushError, claim_repository
 from opo_trl.rewards import math_verify_reward
 from policies import model_path
 from problems import EMBEDDED_DATASET, fit_to_tokenizer, load_problems, parse_dataset
@@ -222,6 +225,7 @@ def main(arguments: list[str] | None = None) -> dict | None:
     script_args, training_args, model_args = parser.parse_args_and_config(arguments or ["--config", str(QUICKSTART)])
     disable_progress_bars()
     state = PartialState()
+    claim_repository(training_args)  # the trainer does so, too, but after the measurement of a report
 
     model_name, tokenizer, train_dataset, eval_dataset = load_inputs(script_args, training_args, model_args)
     state.print(
@@ -247,7 +251,8 @@ def main(arguments: list[str] | None = None) -> dict | None:
     trainer = make_trainer(model_name, tokenizer, train_dataset, eval_dataset, training_args, model_args)
     checkpoint = training_args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if str(checkpoint).lower() == "true" else checkpoint)
-    trainer.save_model(training_args.output_dir)
+    with suppress(PushError):  # raised again at the end, when everything else is done
+        trainer.save_model(training_args.output_dir)
     trainer.accelerator.print(f"model saved to {training_args.output_dir}")
 
     summary = None
@@ -267,7 +272,8 @@ def main(arguments: list[str] | None = None) -> dict | None:
         print(f"pass@1 after:  {describe(after)}", flush=True)
         print(f"summary.json and curves.png are in {training_args.output_dir}", flush=True)
     if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
+        name = script_args.dataset_name
+        trainer.push_to_hub(dataset_name="generated arithmetic" if name == EMBEDDED_DATASET else name)
         trainer.accelerator.print(f"pushed to https://huggingface.co/{trainer.hub_model_id}")
     trainer.end()
     return summary

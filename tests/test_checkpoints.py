@@ -73,6 +73,21 @@ def test_resuming_takes_the_newest_whole_checkpoint_and_says_what_it_passed_over
     assert what_is_missing(tmp_path / "checkpoint-8") is None, "written anew"
 
 
+def test_a_named_checkpoint_must_have_what_its_marker_lists(tmp_path):
+    """As after half a download; without a marker, whoever names it is believed."""
+    sampling_trainer(tmp_path, tiny_model(), num_steps=2).train()
+    checkpoint = tmp_path / "checkpoint-1"
+    scheduler = (checkpoint / "scheduler.pt").read_bytes()
+    (checkpoint / "scheduler.pt").unlink()
+    trainer = sampling_trainer(tmp_path, tiny_model(), num_steps=2)
+    with pytest.raises(ValueError, match=r"checkpoint-1': scheduler.pt is missing. Copy or download it again"):
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+    (checkpoint / "scheduler.pt").write_bytes(scheduler)
+    (checkpoint / MARKER).unlink()
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    assert trainer.state.global_step == 2
+
+
 def test_without_a_whole_checkpoint_resuming_is_refused(tmp_path):
     with pytest.raises(ValueError, match="needs a whole checkpoint in"):
         scripted_trainer(tmp_path).train(resume_from_checkpoint=True)

@@ -1,6 +1,7 @@
 """Every refusal of the on-policy contract, its message and its way out."""
 
 import dataclasses
+import pickle
 
 import pytest
 import yaml
@@ -21,6 +22,14 @@ def test_bare_config_is_the_algorithm():
     assert (bare.scale_rewards, bare.loss_type, bare.length_exponent) == ("none", "dapo", 1.0)
     assert bare.disable_dropout
     assert bare.vllm_importance_sampling_mode == "token_truncate"
+
+
+def test_a_token_is_in_no_pickle():
+    """Trainer pickles its arguments into every checkpoint, and pushes them."""
+    fields = config(hub_token="hf_secret", learning_rate=0.5)
+    assert b"hf_secret" not in pickle.dumps(fields)
+    assert fields.hub_token == "hf_secret"
+    assert pickle.loads(pickle.dumps(fields)).learning_rate == 0.5
 
 
 # Field, refused value, a value that is accepted (the way out the message names).

@@ -2,7 +2,7 @@
 Each private name of TRL that the trainer stands on, one test a name.
 
 When TRL moves, the test that fails names the seam: read the parent's new code there, then the override in
-`opo_trl/trainer.py` or, for saving and resuming, `opo_trl/resumable.py`. Nothing else in the package may touch these
+`opo_trl/trainer.py`; for saving and resuming, `opo_trl/resumable.py`; for the Hub, `opo_trl/pushing.py`. Nothing else in the package may touch these
 names (`test_only_the_trainers_touch_trls_insides`).
 """
 
@@ -12,13 +12,15 @@ from collections import deque
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, TrainingArguments
+from transformers import GenerationConfig, Trainer, TrainingArguments
 from transformers.integrations.integration_utils import WandbCallback
+from transformers.utils.hub import PushInProgress
 from trl import GRPOConfig, GRPOTrainer
 
 import opo_trl
 from opo_trl import OPOTrainer
 from opo_trl.config import _CONTRACT
+from opo_trl.model_card import NO_BASE_MODEL, NO_REPOSITORY, VERSIONS
 from tiny import GROUP_SIZE, scripted_trainer
 
 
@@ -177,7 +179,7 @@ def test_only_the_trainers_touch_trls_insides():
         source = path.read_text()
         assert "trl.experimental" not in source
         assert "trl.trainer" not in source, f"{path.name}: import from trl's public names"
-        if path.name not in ("trainer.py", "resumable.py"):
+        if path.name not in ("trainer.py", "resumable.py", "pushing.py"):
             assert not re.search(r"super\(\)\._(?!_)|trainer\._|self\._(metrics|logs)", source), path.name
 
 
@@ -215,3 +217,23 @@ def test_what_saving_looks_at(tmp_path):
 def test_the_wandb_callback_starts_its_run_in_setup():
     assert parameters(WandbCallback.setup) == ["self", "args", "state", "model", "kwargs"]
     assert "if self._wandb.run is None" in inspect.getsource(WandbCallback.setup), "a run that is there must be kept"
+
+
+def test_pushes():
+    """Seams on transformers' Trainer: it starts pushes in the background, and never asks what became of them."""
+    assert parameters(GRPOTrainer.init_hf_repo) == ["self", "token", "private"]
+    assert parameters(GRPOTrainer.push_to_hub)[:3] == ["self", "commit_message", "blocking"]
+    assert parameters(GRPOTrainer._finalize_training) == ["self", "trial", "num_train_samples", "start_time"]
+    assert parameters(GRPOTrainer.end) == ["self"]
+    assert parameters(GRPOTrainer.create_model_card) == ["self", "model_name", "dataset_name", "tags"]
+    source = inspect.getsource(Trainer._push_from_checkpoint)
+    assert "push_jobs = [model_push_job]" in source, "the jobs of a push: the model first, then the checkpoint"
+    assert "PushInProgress(push_jobs)" in source
+    assert PushInProgress(["job"]).jobs == ["job"]
+
+
+def test_what_trl_writes_into_a_card_without_a_base_model_and_a_repository(tmp_path):
+    trainer = scripted_trainer(tmp_path)
+    GRPOTrainer.create_model_card(trainer, model_name="name")
+    card = (tmp_path / "README.md").read_text()
+    assert all(text in card for text in (NO_BASE_MODEL, NO_REPOSITORY, VERSIONS))

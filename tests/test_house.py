@@ -17,6 +17,7 @@ from trl import GRPOTrainer
 import opo_trl
 from conftest import ROOT
 from opo_trl import OPOConfig, OPOTrainer
+from opo_trl.pushing import PushingTrainer
 from opo_trl.resumable import ResumableTrainer
 
 SOURCE = ROOT / "src" / "opo_trl"
@@ -80,7 +81,7 @@ def statements_of_parents(child):
     return set().union(*(telling_statements(inspect.getsource(parent)) for parent in parents))
 
 
-@pytest.mark.parametrize("child", [OPOConfig, ResumableTrainer, OPOTrainer])
+@pytest.mark.parametrize("child", [OPOConfig, ResumableTrainer, PushingTrainer, OPOTrainer])
 def test_no_statement_of_a_parent_is_copied(child):
     """Word for word, that is: a copy under other names is for the reviewer to see."""
     own = telling_statements(inspect.getsource(child))

@@ -4,6 +4,7 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 from torch import nn
+from transformers import AutoProcessor
 from trl import is_conversational
 
 
@@ -45,6 +46,17 @@ def check_prompts(dataset: Any, name: str, prompt_optional: bool = False, prompt
             f"{len(dataset)}. Add prompts, lower per_device_train_batch_size or gradient_accumulation_steps, or raise "
             "num_generations."
         )
+
+
+def load_processor(model: str, args: Any) -> Any:
+    """Load what the parent would load after the model, ahead of it: its faults show before anything expensive."""
+    return AutoProcessor.from_pretrained(
+        model,
+        revision=(args.model_init_kwargs or {}).get("revision"),
+        truncation_side="left",
+        padding_side="left",
+        trust_remote_code=args.trust_remote_code,
+    )
 
 
 def check_tokenizer(dataset: Any, processing_class: Any) -> None:

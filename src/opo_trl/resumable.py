@@ -16,7 +16,7 @@ from transformers.integrations.integration_utils import WandbCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import GRPOTrainer
 
-from .checkpoints import mark_whole, newest_whole, unmark
+from .checkpoints import MARKER, mark_whole, newest_whole, unmark, what_is_missing
 from .epoch_order import EpochOrder
 from .preemption import EXIT_CODE, Preemption
 from .tracking import ContinuedWandb
@@ -73,14 +73,16 @@ class ResumableTrainer(GRPOTrainer):
                 As in [`~transformers.Trainer.train`].
 
         Raises:
-            ValueError: If there is no whole checkpoint, or, during training, if a loss or a gradient is
-                not finite.
+            ValueError: If there is no whole checkpoint, or the one named lacks a file that its marker lists; or, during
+                training, if a loss or a gradient is not finite.
             RuntimeError: During training, on all ranks, if a checkpoint cannot be saved; names the last whole one.
             SystemExit: With code 75, after a SIGTERM and the checkpoint that follows it.
         """
         self._forget_evaluation()
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self._newest_whole_checkpoint()
+        elif resume_from_checkpoint:
+            self._check_named_checkpoint(Path(resume_from_checkpoint))
         if self._wandb is not None and resume_from_checkpoint:
             self._wandb.go_on_from(Path(resume_from_checkpoint))
         self._loss_of_step = torch.zeros(())
@@ -111,6 +113,16 @@ class ResumableTrainer(GRPOTrainer):
             logger.warning("Going on from %s. Passed over what is not whole: %s", checkpoint, reasons)
         return str(checkpoint)
 
+    def _check_named_checkpoint(self, checkpoint: Path) -> None:
+        """Refuse a checkpoint that lacks what its marker lists, as after half a download; it may have no marker."""
+        has_marker = self.accelerator.is_main_process and (checkpoint / MARKER).exists()
+        (missing,) = broadcast_object_list([what_is_missing(checkpoint) if has_marker else None])
+        if missing is not None:
+            raise ValueError(
+                f"resume_from_checkpoint needs a whole checkpoint, got {str(checkpoint)!r}: {missing}. Copy or "
+                "download it again, or go on from another one."
+            )
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         directory = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         self._on_main_process(unmark, directory)
@@ -131,16 +143,14 @@ class ResumableTrainer(GRPOTrainer):
             # so their collectives break or their launcher ends them.
             raise self._not_saved(directory, failure) from failure
         self._agree_on_saved(directory, failure)
-        if not self.args.push_to_hub:  # else it was marked before it was pushed
-            self._on_main_process(mark_whole, directory)
-        if self.args.should_save:
-            rotate_checkpoints(str(directory.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
+        self._on_main_process(mark_whole, directory)
+        self._rotate_checkpoints(directory.parent)
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        self._agree_on_saved(Path(checkpoint_folder), None)
-        self._on_main_process(mark_whole, Path(checkpoint_folder))  # the marker goes to the Hub, too
-        if not self._preemption.ends:  # whoever asked to stop waits seconds, not for an upload
-            super()._push_from_checkpoint(checkpoint_folder)
+    def _rotate_checkpoints(self, run_directory: Path) -> None:
+        """Delete what exceeds `save_total_limit`."""
+        if self.args.should_save:
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(str(run_directory), self.args.save_total_limit, best, use_mtime=True)
 
     def _saves_in_collectives(self) -> bool:
         """Whether ranks wait for each other inside of a save: sharded weights do, and the look for the best one."""

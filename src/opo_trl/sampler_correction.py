@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import torch
 
+from .step_statistics import StepStatistics
+
 
 class SamplerCorrection(NamedTuple):
     """Weights of the tokens, and what they were made of; everything of shape `(B, C)`."""
@@ -17,6 +19,17 @@ class SamplerCorrection(NamedTuple):
     def kl(self) -> torch.Tensor:
         """Per-token estimate of KL(sampler || policy) on the sampler's own tokens: unbiased and never negative (k3)."""
         return self.log_ratio.exp() - 1 - self.log_ratio
+
+    def add_to(self, statistics: StepStatistics, loss_mask: torch.Tensor) -> None:
+        """Log how far the two are apart, and the weights of the trainable tokens, `loss_mask` (B, C)."""
+        difference = self.log_ratio.abs()
+        statistics.add_mean("sampling/sampling_logp_difference/mean", difference, self.known)
+        statistics.add_max("sampling/sampling_logp_difference/max", difference, self.known)
+        statistics.add_min("sampling/importance_sampling_ratio/min", self.weights, loss_mask)
+        statistics.add_mean("sampling/importance_sampling_ratio/mean", self.weights, loss_mask)
+        statistics.add_max("sampling/importance_sampling_ratio/max", self.weights, loss_mask)
+        statistics.add_mean("sampling/importance_sampling_ratio/bounded_fraction", self.bounded, self.known)
+        statistics.add_mean("sampling/kl", self.kl, self.known)
 
 
 def correct_sampler(

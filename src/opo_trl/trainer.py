@@ -3,12 +3,13 @@
 import inspect
 import textwrap
 from collections.abc import Sized
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather, gather_object, is_compiled_module
 from torch import nn
-from transformers import AutoProcessor, ProcessorMixin
+from transformers import ProcessorMixin
 from trl import GRPOTrainer
 
 from .baselines import opo_advantages, token_uncertainty
@@ -17,8 +18,9 @@ from .determinism import disable_dropout
 from .evaluation.pass_at_k import mean_pass_at_k
 from .metrics import rollout_metrics
 from .microbatches import MEMORY_SHARE, cut_rows, deal_rows, plan_microbatches
-from .preflight import by_name, check_prompts, check_tokenizer, check_trainable, pass_at_k_reward
-from .resumable import ResumableTrainer
+from .model_card import complete_model_card, is_hub_name
+from .preflight import by_name, check_prompts, check_tokenizer, check_trainable, load_processor, pass_at_k_reward
+from .pushing import PushingTrainer
 from .sampler import check_law
 from .sampler_correction import correct_sampler
 from .step_statistics import StepStatistics
@@ -37,7 +39,7 @@ _ROW_TENSORS = (
 _SCALARS = ("num_items_in_batch", "loss_normalizer")
 
 
-class OPOTrainer(ResumableTrainer):
+class OPOTrainer(PushingTrainer):
     r"""
     Trainer for OPO, On-Policy RL with Optimal reward baseline ([arXiv
     2505.23585](https://huggingface.co/papers/2505.23585)).
@@ -130,14 +132,7 @@ class OPOTrainer(ResumableTrainer):
         for name, dataset in by_name(eval_dataset).items():
             check_prompts(dataset, name, "environment_factory" in kwargs)
         if processing_class is None and isinstance(model, str):
-            # The parent would load it after the model; loaded first, its faults show before anything expensive.
-            processing_class = AutoProcessor.from_pretrained(
-                model,
-                revision=(args.model_init_kwargs or {}).get("revision"),
-                truncation_side="left",
-                padding_side="left",
-                trust_remote_code=args.trust_remote_code,
-            )
+            processing_class = load_processor(model, args)
         check_tokenizer(train_dataset, processing_class)
         self._correctness_reward = pass_at_k_reward(args.pass_at_k_reward, reward_funcs)
         super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, *rest, **kwargs)
@@ -168,13 +163,30 @@ class OPOTrainer(ResumableTrainer):
         return output
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as [`ResumableTrainer`] does, after one more look at the on-policy contract."""
+        """Train as [`PushingTrainer`] does, after one more look at the on-policy contract."""
         self.args.check_contract()
         self._check_sampler()
         return super().train(*args, **kwargs)
 
     def _describe(self) -> dict[str, Any]:
         return {"opo": {**self.args.contract(), "versions": versions("opo-trl", "trl", "transformers", "torch")}}
+
+    def create_model_card(self, model_name: Any = None, dataset_name: str | None = None, tags: Any = None) -> None:
+        """Write the model card as TRL does, and complete it; a dataset that is not on the Hub is not linked."""
+        if not self.is_world_process_zero() or self._pushes.running():
+            return  # a card on its way to the Hub stays that of its step
+        model_name = model_name or Path(self.hub_model_id or self.args.output_dir).absolute().name
+        linked = dataset_name if dataset_name is not None and is_hub_name(dataset_name) else None
+        super().create_model_card(model_name, linked, tags)
+        complete_model_card(
+            Path(self.args.output_dir, "README.md"),
+            self.args,
+            self.state,
+            base_model=self.model.config.name_or_path,
+            reward_names=self.reward_func_names,
+            num_problems=len(self.train_dataset) if isinstance(self.train_dataset, Sized) else None,
+            dataset_name=dataset_name,
+        )
 
     def _check_sampler(self) -> None:
         """Refuse a generation config that, merged as the backend merges it, samples from another law."""
@@ -372,14 +384,7 @@ class OPOTrainer(ResumableTrainer):
             high=self.vllm_importance_sampling_clip_max,
             mask_outside=self.vllm_importance_sampling_mode == "token_mask",
         )
-        statistics, difference = self._statistics, correction.log_ratio.abs()
-        statistics.add_mean("sampling/sampling_logp_difference/mean", difference, correction.known)
-        statistics.add_max("sampling/sampling_logp_difference/max", difference, correction.known)
-        statistics.add_min("sampling/importance_sampling_ratio/min", correction.weights, loss_mask)
-        statistics.add_mean("sampling/importance_sampling_ratio/mean", correction.weights, loss_mask)
-        statistics.add_max("sampling/importance_sampling_ratio/max", correction.weights, loss_mask)
-        statistics.add_mean("sampling/importance_sampling_ratio/bounded_fraction", correction.bounded, correction.known)
-        statistics.add_mean("sampling/kl", correction.kl, correction.known)
+        correction.add_to(self._statistics, loss_mask)
         return correction.weights
 
 
