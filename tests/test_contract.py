@@ -2,8 +2,8 @@
 Each private name of TRL that the trainer stands on, one test a name.
 
 When TRL moves, the test that fails names the seam: read the parent's new code there, then the override in
-`opo_trl/trainer.py`; for saving and resuming, `opo_trl/resumable.py`; for the Hub, `opo_trl/pushing.py`. Nothing else in the package may touch these
-names (`test_only_the_trainers_touch_trls_insides`).
+`opo_trl/trainer.py`; for saving and resuming, in `opo_trl/resumable.py`; for the Hub, in `opo_trl/pushing.py`. Nothing
+else in the package may touch these names (`test_only_the_trainers_touch_trls_insides`).
 """
 
 import inspect
