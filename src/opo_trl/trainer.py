@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather, gather_object, is_compiled_module
-from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import AutoProcessor, ProcessorMixin
 from trl import GRPOTrainer
@@ -18,7 +17,7 @@ from .determinism import disable_dropout
 from .evaluation.pass_at_k import mean_pass_at_k
 from .metrics import rollout_metrics
 from .microbatches import MEMORY_SHARE, cut_rows, deal_rows, plan_microbatches
-from .preflight import check_prompts, check_tokenizer, check_trainable, pass_at_k_reward
+from .preflight import check_datasets, check_tokenizer, check_trainable, pass_at_k_reward
 from .resumable import ResumableTrainer
 from .sampler import law_changes
 from .sampler_correction import correct_sampler
@@ -124,11 +123,8 @@ class OPOTrainer(ResumableTrainer):
                 "one optimizer step per rollout batch. Build an OPOConfig with the same fields."
             )
         args.check_contract()
-        if train_dataset is not None:
-            prompts_per_step = args.generation_batch_size // args.num_generations
-            check_prompts(train_dataset, "train_dataset", "environment_factory" in kwargs, prompts_per_step)
-        for name, dataset in _by_name(eval_dataset).items():
-            check_prompts(dataset, name, "environment_factory" in kwargs)
+        prompts_per_step = args.generation_batch_size // args.num_generations
+        check_datasets(train_dataset, eval_dataset, prompts_per_step, prompt_optional="environment_factory" in kwargs)
         if processing_class is None and isinstance(model, str):
             # The parent would load it after the model; loaded first, its faults show before anything expensive.
             processing_class = AutoProcessor.from_pretrained(
@@ -366,11 +362,3 @@ def _loss_mask(batch: dict[str, Any]) -> torch.Tensor:  # (B, C)
 def _forward_arguments() -> set[str]:
     """Names of what the parent's forward takes besides tokens, such as `pixel_values` of an image batch."""
     return set(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)
-
-
-def _by_name(eval_dataset: Any) -> dict[str, Dataset | IterableDataset]:
-    if eval_dataset is None:
-        return {}
-    if isinstance(eval_dataset, dict):
-        return {f"eval_dataset[{name!r}]": dataset for name, dataset in eval_dataset.items()}
-    return {"eval_dataset": eval_dataset}
