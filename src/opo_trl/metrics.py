@@ -34,10 +34,8 @@ def rollout_metrics(
           `length_exponent=1`, since b* minimises the numerator: a prediction under the paper's assumption that a
           completion's squared gradient norm grows with its length, not evidence for it.
     """
-    rewards, lengths = (
-        rewards.cpu().double(),
-        lengths.cpu().double(),
-    )  # (P, K) is small, and not every device has float64
+    # (P, K) is small, and not every device has float64.
+    rewards, lengths = rewards.cpu().double(), lengths.cpu().double()
     active = takes_part(rewards, lengths)  # (P, K)
     group = active.any(dim=1, keepdim=True)  # (P, 1)
     rewards_or_zero = torch.where(active, rewards, 0.0)
