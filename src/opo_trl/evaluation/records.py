@@ -11,18 +11,42 @@ from .pass_at_k import pass_at_k
 
 
 class Record(TypedDict):
-    """One sampled completion, a line of a records file."""
+    """
+    One sampled completion, a line of a records file.
 
-    problem: str  # the problem's id
-    sample: int  # which of the problem's samples
+    Args:
+        problem (`str`):
+            The problem's id.
+        sample (`int`):
+            Which of the problem's samples, from 0.
+        solution (`str`):
+            The right answer.
+        completion (`str`):
+            Text without special tokens.
+        token_ids (`list[int]`):
+            Tokens of the completion, the end token included.
+        truncated (`bool`):
+            Whether it was stopped by the length limit.
+        answer (`str`, *optional*):
+            Final answer that the reward read out of it.
+        reward (`float`, *optional*):
+            1 for correct; `None` where it cannot be scored.
+        entropy (`float`, *optional*):
+            Entropy of the policy, in nats, summed over tokens.
+        kl_plain, kl_low_variance (`float`, *optional*):
+            Estimates of KL(policy || base), in nats, summed over tokens.
+    """
+
+    problem: str
+    sample: int
     solution: str
-    completion: str  # text without special tokens
-    token_ids: list[int]  # of the completion, the end token included
-    truncated: bool  # stopped by the length limit
-    answer: str | None  # the final answer that the reward read out of it
-    reward: float | None  # 1 for correct; None where it cannot be scored
-    entropy: NotRequired[float]  # nats, summed over tokens
-    kl_plain: NotRequired[float]  # KL(policy || base), nats, summed over tokens
+    completion: str
+    token_ids: list[int]
+    truncated: bool
+    answer: str | None
+    reward: float | None
+    entropy: NotRequired[float]
+    kl_plain: NotRequired[float]
     kl_low_variance: NotRequired[float]
 
 
