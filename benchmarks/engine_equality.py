@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "examples")]
 
-from engines import (  # noqa: E402
+from engines import (
     CASES,
     ENGINES,
     EVERY_ENGINE,
