@@ -7,7 +7,7 @@
 #   make test-lowest  on the lowest versions that pyproject.toml admits, in an environment of their own
 #   make test-trl  on the newest TRL, if it is not the tested one; TRL=1.17.0 names another
 #   make build     wheel and sdist, in dist/
-#   make test-build   install the wheel in a clean environment, and run README's Python there; 5 minutes
+#   make test-build   install the wheel in a clean environment, and run README's Python there
 #   make benchmark the update and the reward against TRL's, about 27 minutes
 #   make engines-table how far each engine ends from one process, 2 minutes
 #   make docs      the documentation as a site, in site/index.html

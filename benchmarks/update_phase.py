@@ -69,11 +69,7 @@ class Case(NamedTuple):
 LAWS = ("constant", "uniform", "lognormal", "tiny_policy")
 HEADLINE = [Case("lognormal", 0.5), Case("lognormal", 0.0), Case("constant", 0.0)]
 CASES = [
-    *(
-        Case(law, share)
-        for law in ("constant", "uniform", "lognormal", "tiny_policy")
-        for share in (0, 0.25, 0.5, 0.75)
-    ),
+    *(Case(law, share) for law in LAWS for share in (0, 0.25, 0.5, 0.75)),
     Case("lognormal", 0.0, micro_batches=16),
     Case("lognormal", 0.5, micro_batches=64),
     Case("lognormal", 0.0, micro_batches=64),

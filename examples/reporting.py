@@ -90,7 +90,11 @@ def describe(result: dict[str, Any]) -> str:
 def write_summary(
     output_dir: str, before: dict[str, Any], after: dict[str, Any], history: Sequence[dict[str, Any]], **run: Any
 ) -> dict[str, Any]:
-    """Write `summary.json`, and `curves.png` where matplotlib is installed; return the summary."""
+    """
+    Write `summary.json`, `log.json` with every metric of every logging step, and, with matplotlib, `curves.png`.
+
+    Returns the summary.
+    """
     summary = {
         "pass@1_before": before["pass@1"],
         "pass@1_before_interval": list(before["interval"]),
@@ -104,6 +108,7 @@ def write_summary(
     }
     path = Path(output_dir)
     (path / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (path / "log.json").write_text("[\n" + ",\n".join(json.dumps(entry) for entry in history) + "\n]\n")
     plot_curves(path / "curves.png", history, before, after)
     return summary
 

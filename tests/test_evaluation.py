@@ -361,7 +361,7 @@ def test_samples_come_in_the_order_of_the_prompts():
     model.generation_config.eos_token_id = None
     groups = sample_completions(model, tokenizer, prompts, num_samples=2, max_new_tokens=5, batch_size=4, seed=3)
     assert [len(group) for group in groups] == [2, 2, 2]
-    assert all(1 <= completion.num_tokens <= 5 for group in groups for completion in group)
+    assert all(1 <= len(completion.token_ids) <= 5 for group in groups for completion in group)
     assert all(c.truncated == (c.token_ids[-1] != tokenizer.eos_token_id) for group in groups for c in group)
 
 

@@ -94,6 +94,11 @@ def test_a_copied_body_would_be_seen():
     assert len(telling_statements(body) & statements_of_parents(OPOTrainer)) > 5
 
 
+def test_every_seam_is_in_the_guide_for_when_trl_moves():
+    tests = re.findall(r"^def (test_\w+)", (ROOT / "tests" / "test_contract.py").read_text(), re.MULTILINE)
+    assert re.findall(r"^\| `(test_\w+)` \|", (ROOT / "docs" / "maintaining.md").read_text(), re.MULTILINE) == tests
+
+
 def test_the_version_is_written_once():
     assert opo_trl.__version__ == PROJECT["version"], "run `make setup` after a change of the version"
     elsewhere = [ROOT / "README.md", ROOT / "CITATION.cff", *(ROOT / "docs").rglob("*.md"), *SOURCE.rglob("*.py")]

@@ -90,6 +90,8 @@ def test_a_report_measures_the_checkpoint_loaded_back(tmp_path, chat_model_dir, 
     } <= summary.keys()  # fmt: skip
     assert (summary["n"], summary["steps"], summary["seed"]) == (4, 2, 5)
     assert (output / "curves.png").stat().st_size > 10_000
+    log = json.loads((output / "log.json").read_text())
+    assert [entry["step"] for entry in log if "reward" in entry] == [1, 2]
 
 
 def test_the_quickstart_is_what_runs_without_arguments(monkeypatch, tmp_path):

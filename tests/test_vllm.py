@@ -19,16 +19,19 @@ import vllm._custom_ops
 from peft import LoraConfig
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from arithmetic import load_arithmetic
-from conftest import ROOT
-from opo_trl import OPOConfig, OPOTrainer
+from judging import judge
+from opo_trl import OPOTrainer
 from opo_trl.evaluation.sampling import TransformersSampler, record_seed, tokenize_prompt
 from opo_trl.evaluation.vllm_sampling import VllmSampler
 from opo_trl.rewards import math_verify_reward
+from policies import model_path
+from problems import load_problems
+from tiny import tiny_config
 
 # On a CPU, vLLM packs weights for oneDNN as it loads them, and packed weights cannot be replaced. Not so on a GPU.
 vllm._custom_ops._supports_onednn = False
 
+POLICY = model_path("tiny_policy")
 ROWS = 256
 FULL = {"learning_rate": 1e-4, "max_steps": 120}
 LORA = {"learning_rate": 1e-3, "max_steps": 80, "peft_config": LoraConfig(r=8, target_modules="all-linear")}
@@ -50,36 +53,29 @@ def policy_weights(model):
 
 
 def vllm_trainer(output_dir, peft_config=None, **settings):
-    columns = {"problem": "prompt", "answer": "solution"}
     train, held_out = (
-        load_arithmetic(split, size).remove_columns("steps").rename_columns(columns)
-        for split, size in (("train", 4_000), ("test", 256))
+        load_problems("arithmetic", split, num_arithmetic=size) for split, size in (("train", 4_000), ("test", 256))
     )
-    config = OPOConfig(
-        str(output_dir),
+    config = tiny_config(
+        output_dir,
         use_vllm=True,
         vllm_mode="colocate",
         vllm_max_model_length=128,
         vllm_gpu_memory_utilization=0.1,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
+        optim="adamw_torch_fused",
+        max_grad_norm=1.0,
         per_device_train_batch_size=ROWS // 2,
         gradient_accumulation_steps=2,
         per_device_eval_batch_size=256,
         num_generations=8,
         num_generations_eval=1,
         max_completion_length=40,
+        shuffle_dataset=True,
         warmup_steps=5,
         lr_scheduler_type="constant_with_warmup",
-        logging_steps=1,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
         **settings,
     )
-    policy = str(ROOT / "examples" / "tiny_policy")
-    return OPOTrainer(policy, math_verify_reward, config, train, held_out, peft_config=peft_config)
+    return OPOTrainer(POLICY, math_verify_reward, config, train, held_out, peft_config=peft_config)
 
 
 def engine_weights(trainer):
@@ -162,20 +158,19 @@ def test_an_engine_left_behind_shows_in_the_mismatch(tmp_path):
 
 def test_evaluation_samples_from_the_policy():
     """Rewards by vLLM against those by transformers, and the same tokens for the same seeds."""
-    problems = load_arithmetic("test", 64)
-    policy = ROOT / "examples" / "tiny_policy"
-    tokenizer = AutoTokenizer.from_pretrained(policy)
-    prompts = [tokenize_prompt(tokenizer, problem) for problem in problems["problem"] for _ in range(4)]
-    solutions = [answer for answer in problems["answer"] for _ in range(4)]
+    problems = load_problems("arithmetic", "test", num_arithmetic=64)
+    tokenizer = AutoTokenizer.from_pretrained(POLICY)
+    samples = [(problem, sample) for problem in problems for sample in range(4)]
+    prompts = [tokenize_prompt(tokenizer, problem["prompt"]) for problem, _ in samples]
     seeds = [record_seed("vllm", i) for i in range(len(prompts))]
     settings = {"max_new_tokens": 40, "temperature": 1.0}
-    by_vllm = VllmSampler(
-        str(policy), tokenizer, dtype="float32", enforce_eager=True, max_model_len=64, **settings
-    ).sample(prompts, seeds)
-    model = LlamaForCausalLM.from_pretrained(policy)
+    by_vllm = VllmSampler(POLICY, tokenizer, dtype="float32", enforce_eager=True, max_model_len=64, **settings).sample(
+        prompts, seeds
+    )
+    model = LlamaForCausalLM.from_pretrained(POLICY)
     by_transformers = TransformersSampler(model, tokenizer, **settings).sample(prompts, seeds)
     pass_rate, expected = (
-        sum(math_verify_reward([completion.text for completion in completions], solutions)) / len(solutions)
+        sum(record["reward"] for record in judge(samples, completions)) / len(samples)
         for completions in (by_vllm, by_transformers)
     )
     assert pass_rate == pytest.approx(expected, abs=0.12)  # 256 samples each

@@ -8,44 +8,43 @@ from transformers import AutoProcessor
 from trl import is_conversational
 
 
-def by_name(eval_dataset: Any) -> dict[str, Any]:
-    """What messages call each evaluation dataset: Trainer takes none, one, or several by name."""
-    if eval_dataset is None:
-        return {}
-    if isinstance(eval_dataset, dict):
-        return {f"eval_dataset[{name!r}]": dataset for name, dataset in eval_dataset.items()}
-    return {"eval_dataset": eval_dataset}
-
-
-def check_prompts(dataset: Any, name: str, prompt_optional: bool = False, prompts_needed: int = 1) -> None:
+def check_datasets(
+    train_dataset: Any, eval_dataset: Any, prompts_per_step: int, *, prompt_optional: bool = False
+) -> None:
     """
-    Refuse a dataset on which training would fail late, or succeed without a single step.
+    Refuse datasets on which training would fail late, or succeed without a single step.
 
     Args:
-        dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`], *optional*):
             Dataset handed to the trainer. The length of an iterable one is unknown and is not checked.
-        name (`str`):
-            What the message calls it.
+        eval_dataset (the same, or a `dict` of them, *optional*):
+            As handed to the trainer.
+        prompts_per_step (`int`):
+            Prompts in one rollout batch: with fewer to train on, TRL reports success after 0 steps.
         prompt_optional (`bool`, *optional*, defaults to `False`):
             Whether an environment may supply the prompt.
-        prompts_needed (`int`, *optional*, defaults to `1`):
-            Prompts in one rollout batch: with fewer, TRL reports success after 0 steps.
 
     Raises:
         ValueError: If `prompt` is missing or there are too few rows.
     """
-    columns = dataset.column_names if isinstance(dataset, Dataset | IterableDataset) else None
-    if columns is not None and "prompt" not in columns and not prompt_optional:
-        raise ValueError(
-            f"`{name}` must have a column `prompt`, got the columns {columns}. Rename the problem's column, or load "
-            "the dataset with opo_trl.data.load_math_dataset."
-        )
-    if isinstance(dataset, Dataset) and len(dataset) < prompts_needed:
-        raise ValueError(
-            f"`{name}` must have at least {prompts_needed} row(s), the prompts of one rollout batch, got "
-            f"{len(dataset)}. Add prompts, lower per_device_train_batch_size or gradient_accumulation_steps, or raise "
-            "num_generations."
-        )
+    datasets = [("train_dataset", train_dataset, prompts_per_step)]
+    if isinstance(eval_dataset, dict):
+        datasets += [(f"eval_dataset[{name!r}]", dataset, 1) for name, dataset in eval_dataset.items()]
+    else:
+        datasets.append(("eval_dataset", eval_dataset, 1))
+    for name, dataset, rows_needed in datasets:
+        columns = dataset.column_names if isinstance(dataset, Dataset | IterableDataset) else None
+        if columns is not None and "prompt" not in columns and not prompt_optional:
+            raise ValueError(
+                f"`{name}` must have a column `prompt`, got the columns {columns}. Rename the problem's column, or "
+                "load the dataset with opo_trl.data.load_math_dataset."
+            )
+        if isinstance(dataset, Dataset) and len(dataset) < rows_needed:
+            raise ValueError(
+                f"`{name}` must have at least {rows_needed} row(s), the prompts of one rollout batch, got "
+                f"{len(dataset)}. Add prompts, lower per_device_train_batch_size or gradient_accumulation_steps, or "
+                "raise num_generations."
+            )
 
 
 def load_processor(model: str, args: Any) -> Any:

@@ -19,7 +19,7 @@ from .evaluation.pass_at_k import mean_pass_at_k
 from .metrics import rollout_metrics
 from .microbatches import MEMORY_SHARE, cut_rows, deal_rows, plan_microbatches
 from .model_card import complete_model_card, is_hub_name
-from .preflight import by_name, check_prompts, check_tokenizer, check_trainable, load_processor, pass_at_k_reward
+from .preflight import check_datasets, check_tokenizer, check_trainable, load_processor, pass_at_k_reward
 from .pushing import PushingTrainer
 from .sampler import check_law
 from .sampler_correction import correct_sampler
@@ -126,11 +126,8 @@ class OPOTrainer(PushingTrainer):
                 "one optimizer step per rollout batch. Build an OPOConfig with the same fields."
             )
         args.check_contract()
-        if train_dataset is not None:
-            prompts_per_step = args.generation_batch_size // args.num_generations
-            check_prompts(train_dataset, "train_dataset", "environment_factory" in kwargs, prompts_per_step)
-        for name, dataset in by_name(eval_dataset).items():
-            check_prompts(dataset, name, "environment_factory" in kwargs)
+        prompts_per_step = args.generation_batch_size // args.num_generations
+        check_datasets(train_dataset, eval_dataset, prompts_per_step, prompt_optional="environment_factory" in kwargs)
         if processing_class is None and isinstance(model, str):
             processing_class = load_processor(model, args)
         check_tokenizer(train_dataset, processing_class)

@@ -31,10 +31,11 @@ def append_records(path: Path, records: Iterable[Record]) -> None:
     """Append records and put them on disk, after cutting off what a killed run left of a last line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as file:
-        size = file.tell()
-        if size:
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
         file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode())
         file.flush()
         os.fsync(file.fileno())

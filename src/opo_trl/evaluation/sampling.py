@@ -16,10 +16,6 @@ class Completion(NamedTuple):
     token_ids: list[int]  # the end token included
     truncated: bool  # stopped by the length limit
 
-    @property
-    def num_tokens(self) -> int:
-        return len(self.token_ids)
-
 
 def record_seed(*parts: Any) -> int:
     """Seed that depends on what is sampled and on nothing else, such as (seed, dataset, problem, sample)."""
