@@ -67,7 +67,7 @@ test-build: build
 
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
-	@echo "The documentation is in site/index.html"
+	@echo "The documentation is in site/index.html; its search needs a server: python -m http.server --directory site"
 
 check: $(READY)
 	$(BIN)/ruff check .

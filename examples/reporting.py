@@ -91,7 +91,7 @@ def write_summary(
     output_dir: str, before: dict[str, Any], after: dict[str, Any], history: Sequence[dict[str, Any]], **run: Any
 ) -> dict[str, Any]:
     """
-    Write `summary.json`, `log.json` with every metric of every logging step, and `curves.png` where matplotlib is there.
+    Write `summary.json`, `log.json` with all metrics of every logging step, and `curves.png` if matplotlib is there.
 
     Returns the summary.
     """
