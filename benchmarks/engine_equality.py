@@ -9,16 +9,14 @@ between the trained weights over the norm of the one process's update. Writes re
 """
 
 import json
-import platform
 import sys
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "examples")]
 
-from engines import (  # noqa: E402
+from engines import (
     CASES,
     ENGINES,
     EVERY_ENGINE,
@@ -28,9 +26,10 @@ from engines import (  # noqa: E402
     single_process,
     two_processes,
 )
+from measuring import RESULTS, provenance
 
 NAMES = {"ddp": "data parallel", "fsdp2": "FSDP2", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}
-RESULT = ROOT / "benchmarks" / "results" / "engine_equality.json"
+RESULT = RESULTS / "engine_equality.json"
 
 
 def measure(engine: str, references: dict[str, Outcome], directory: Path) -> dict[str, float | str]:
@@ -64,13 +63,11 @@ def main() -> None:
         for engine in ENGINES:
             print(f"{NAMES[engine]} ...", file=sys.stderr, flush=True)
             rows[engine] = measure(engine, references, Path(directory, engine))
-    packages = ("torch", "trl", "transformers", "accelerate", "deepspeed", "peft")
     result = {
+        **provenance("accelerate", "deepspeed", "peft"),
         "rows": rows,
         "steps": CASES["full"]["max_steps"],
         "processes": 2,
-        "machine": platform.machine(),
-        "versions": {name: version(name) for name in packages},
     }
     RESULT.write_text(json.dumps(result, indent=2) + "\n")
     print(markdown(rows))

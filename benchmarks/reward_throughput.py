@@ -17,15 +17,12 @@ can interrupt, an allocation of 8 GB, a SIGSEGV and a SIGKILL.
 import argparse
 import json
 import os
-import platform
 import random
 import re
 import statistics
-import subprocess
 import sys
 import time
 from collections import Counter
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +34,12 @@ sys.path.insert(0, str(ROOT / "tests"))  # the tasks that break their process
 from math_verify import parse, verify
 from trl.rewards import accuracy_reward
 
+from measuring import RESULTS, provenance
 from opo_trl.rewards import math_verify_reward
 from opo_trl.rewards.math_verify import _judge
 from opo_trl.rewards.worker_pool import CRASHED, KILLED, WorkerPool, default_workers
 from pool_tasks import mixed_batch
 
-RESULTS = Path(__file__).parent / "results"
 DATA = ROOT.parent / "shared" / "data"
 NUM_PROBLEMS, GROUP_SIZE = 256, 8
 REASONING = "We set up an equation, simplify both sides and check that $2x + 3 = 7$ has the solution $x = 2$. " * 15
@@ -184,13 +181,6 @@ def broken_batch() -> dict[str, Any]:
     }
 
 
-def hardware() -> str:
-    """Generic name of the processor and the number of its threads."""
-    cpuinfo = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} threads"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="batches for each reward")
@@ -210,13 +200,8 @@ def main() -> None:
     copied = copied_formulas() if DATA.is_dir() else {}
     print(f"\nPaid for a formula of the problem, solutions boxed: {copied}")
     report = {
-        "command": " ".join(["python benchmarks/reward_throughput.py", *sys.argv[1:]]),
-        "commit": subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False
-        ).stdout.strip(),
-        "hardware": hardware(),
+        **provenance("math-verify", "sympy", "pebble", "loky"),
         "solutions": "GSM8K and MATH" if DATA.is_dir() else "generated",
-        "versions": {name: version(name) for name in ("math-verify", "sympy", "trl", "pebble", "loky")},
         "rewards": results,
         "broken batch": broken,
         "problems paid for a copied formula": copied,

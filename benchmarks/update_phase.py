@@ -19,14 +19,12 @@ import argparse
 import gc
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,12 +37,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer
 
+from measuring import RESULTS, provenance
 from opo_trl import OPOConfig, OPOTrainer
 
 PROMPT_LENGTH = 32
 GROUP_SIZE = 8
 VOCABULARY = 256
-RESULTS = Path(__file__).parent / "results"
 MODEL_SIZES = {  # hidden, intermediate, layers, heads
     "toy": (128, 344, 4, 4),
     "0.5b": (896, 4864, 24, 14),
@@ -407,15 +405,6 @@ def forwarded(args: argparse.Namespace) -> list[str]:
     return flags + (["--gradient-checkpointing"] if args.gradient_checkpointing else [])
 
 
-def hardware(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name(0)
-    models_ = [
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-    return f"{models_[0] if models_ else platform.processor()}, {torch.get_num_threads()} threads"
-
-
 def table(results: list[dict[str, Any]]) -> str:
     heads = f"{'speed-up':>9}{'memory':>8}{'efficiency':>12}{'TRL':>6}{'rows':>7}{'TRL':>6}{'gradient error':>16}"
     rows = [f"{'case':52}{heads}"]
@@ -482,12 +471,8 @@ def main() -> None:
         result = {**compare(case, args), **memory_ratio(case, args)}
         results.append(result)
         print(table([result]).splitlines()[-1] if len(results) > 1 else table([result]), flush=True)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     report = {
-        "command": " ".join(["python", "benchmarks/update_phase.py", *sys.argv[1:]]),
-        "commit": commit.stdout.strip(),
-        "hardware": hardware(args.device),
-        "versions": {name: version(name) for name in ("opo-trl", "trl", "transformers", "torch")},
+        **provenance(),
         "settings": {
             "model": args.model_size,
             "dtype": args.dtype,

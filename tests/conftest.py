@@ -26,6 +26,7 @@ with suppress(ImportError):  # the environment of `make test-vllm` is without it
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from tiny import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
 

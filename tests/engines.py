@@ -39,6 +39,7 @@ CASES: dict[str, dict[str, Any]] = {
     "full, checkpointing": {**STEPS, "gradient_checkpointing": True},
     "full, evaluated first": {**STEPS, "per_device_eval_batch_size": 12, "evaluate_first": True},
     "full, AdamW": {**STEPS, **ADAMW},
+    "full, uncertainty": {**STEPS, "baseline_weight": "uncertainty"},
     "LoRA": {**STEPS, "lora": LORA},
     "LoRA, checkpointing": {**STEPS, "lora": LORA, "gradient_checkpointing": True},
     "LoRA, AdamW": {**STEPS, **ADAMW, "lora": LORA},

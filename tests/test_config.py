@@ -136,6 +136,7 @@ def test_every_field_is_documented_and_overrides_keep_the_parents_names():
     own = {field.name: field for field in dataclasses.fields(OPOConfig)}
     new = set(own) - {field.name for field in dataclasses.fields(GRPOConfig)}
     assert new == {
+        "baseline_weight",
         "length_exponent",
         "pass_at_k_reward",
         "rollout_importance_sampling_correction",

@@ -94,7 +94,7 @@ def test_compute_loss():
 def test_get_per_token_logps_and_entropies(tmp_path):
     names = parameters(GRPOTrainer._get_per_token_logps_and_entropies)
     assert names[1:5] == ["model", "input_ids", "attention_mask", "logits_to_keep"]
-    assert {"compute_entropy", "compute_aux_loss", "pixel_values", "num_images"} <= set(names)
+    assert {"batch_size", "compute_entropy", "compute_aux_loss", "pixel_values", "num_images"} <= set(names)
     trainer = scripted_trainer(tmp_path)
     ids = torch.tensor([[5, 6, 7, 8, 9]])
     logps, entropies, aux_loss = trainer._get_per_token_logps_and_entropies(

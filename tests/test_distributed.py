@@ -9,7 +9,7 @@ from engines import CASES, EVALUATIONS, evaluating_trainer, relative_difference,
 from opo_trl.checkpoints import what_is_missing
 from tiny import SCRIPT
 
-QUICK = ["full", "full, evaluated first", "LoRA", "one micro-batch", "dr_grpo", "idle rank"]
+QUICK = ["full", "full, evaluated first", "full, uncertainty", "LoRA", "one micro-batch", "dr_grpo", "idle rank"]
 
 
 @pytest.fixture(scope="module")

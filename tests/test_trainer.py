@@ -34,24 +34,33 @@ WHOLE_SCRIPT = {"per_device_train_batch_size": len(SCRIPT) * GROUP_SIZE}
 MAX_LENGTH = 32
 
 
-def reinforce_update(model, groups, loss_type="dapo", exponent=1.0, temperature=1.0):
+def reinforce_update(model, groups, loss_type="dapo", exponent=1.0, temperature=1.0, weigh=None):
     """
     Eq. 11 with b* of Eq. 12, written out: one unpadded forward per completion, a full softmax, loops over groups.
 
-    `groups` is a list of groups of (prompt ids, completion ids, trained positions, reward).
+    `groups` is a list of groups of (prompt ids, completion ids, trained positions, reward); `weigh` makes a
+    completion's weight in b* of its tokens' log-probabilities and trained positions, in place of its length.
     """
+
+    def token_logps(prompt, completion):
+        logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+        return (logits / temperature).log_softmax(dim=-1)[torch.arange(len(completion)), completion]
+
     rows = [row for group in groups for row in group]
     normalizer = sum(sum(trained) for _, _, trained, _ in rows) if loss_type == "dapo" else len(rows) * MAX_LENGTH
     model.eval()
     model.zero_grad()
     for group in groups:
         rewards = [math.nan if reward is None else reward for *_, reward in group]
-        baseline = oracle_baseline(rewards, [sum(trained) for _, _, trained, _ in group], exponent)
+        weights = [sum(trained) for _, _, trained, _ in group]
+        if weigh is not None:
+            with torch.no_grad():
+                weights = [weigh(token_logps(*row[:2]), row[2]) for row in group]
+        baseline = oracle_baseline(rewards, weights, exponent)
         for prompt, completion, trained, reward in group:
             if reward is None or math.isnan(reward):
                 continue
-            logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
-            logps = (logits / temperature).log_softmax(dim=-1)[torch.arange(len(completion)), completion]
+            logps = token_logps(prompt, completion)
             objective = (reward - baseline) * (logps * torch.tensor(trained)).sum() / normalizer
             objective.backward()
     update = {

@@ -24,7 +24,8 @@ def optimal_baseline(
         rewards (`torch.Tensor` of shape `(P, K)`):
             Reward of each of the K completions of each of the P prompts. NaN marks an unscorable completion.
         lengths (`torch.Tensor` of shape `(P, K)`):
-            Number of *trainable* tokens of each completion: tool output and masked-out completions do not count.
+            Number of *trainable* tokens of each completion: tool output and masked-out completions do not count. Or
+            another weight, such as [`token_uncertainty`].
         length_exponent (`float`, *optional*, defaults to `1.0`):
             Power of the length in the weight. `1.0` is OPO; `0.0` is the plain group mean.
 
@@ -85,3 +86,13 @@ def opo_advantages(
 def takes_part(rewards: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:  # (P, K), (P, K) -> (P, K), bool
     """Whether a completion counts: it was scored, and it has a token to train on."""
     return ~torch.isnan(rewards) & (lengths > 0)
+
+
+def token_uncertainty(logps: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:  # (B, C), (B, C) -> (B,)
+    r"""
+    `sum_t (1 - pi(y_t))^2`, a weight in place of the length: tokens that the policy is sure of have hardly a gradient.
+
+    The squared norm of a token's score with respect to the logits, `(1 - pi(y_t))^2 + sum_{v != y_t} pi(v)^2` (the
+    weight of arXiv 2602.07078), is between once and twice this, which takes the tokens' own log-probabilities alone.
+    """
+    return (torch.expm1(logps.float()).square() * loss_mask).sum(dim=1)

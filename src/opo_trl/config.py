@@ -75,7 +75,11 @@ class OPOConfig(GRPOConfig):
         length_exponent (`float`, *optional*, defaults to `1.0`):
             Power of the completion length in the weights of the baseline, `b* = sum_i l_i^c r_i / sum_i l_i^c`. `1.0`
             is OPO; `0.0` is the group mean.
-
+        baseline_weight (`str`, *optional*, defaults to `"length"`):
+            What the baseline weighs completions by. `"length"` is the paper's. `"uncertainty"` is
+            [`~opo_trl.baselines.token_uncertainty`], `sum_t (1 - pi(y_t))^2`, which follows a completion's squared
+            gradient norm more closely where some tokens are sure and others are not. It costs a forward pass without
+            gradient of the completions that are trained, and nothing where vLLM's log-probabilities are at hand.
         skip_uninformative (`bool`, *optional*, defaults to `True`):
             Leave completions whose advantage is exactly 0 out of the forward and backward passes. They add nothing to
             the gradient; `False` runs them all the same, so that `entropy` covers every completion.
@@ -110,6 +114,10 @@ class OPOConfig(GRPOConfig):
     length_exponent: float = field(
         default=1.0,
         metadata={"help": "Power of the length in the baseline's weights: 1 is OPO, 0 is the group mean."},
+    )
+    baseline_weight: str = field(
+        default="length",
+        metadata={"help": "Weight in the baseline: 'length' (OPO), or 'uncertainty', the sum of (1 - pi)^2."},
     )
     skip_uninformative: bool = field(
         default=True,
@@ -179,6 +187,17 @@ class OPOConfig(GRPOConfig):
             raise ValueError(
                 f"`length_exponent` must be a finite number of at least 0, got {self.length_exponent!r}. Use 1.0 for "
                 "OPO or 0.0 for the group mean."
+            )
+        if self.baseline_weight not in ("length", "uncertainty"):
+            raise ValueError(
+                f"`baseline_weight` must be 'length' or 'uncertainty', got {self.baseline_weight!r}. Use 'length' for "
+                "OPO."
+            )
+        if self.baseline_weight != "length" and self.length_exponent != 1:
+            raise ValueError(
+                f"`length_exponent` is a power of the length, got {self.length_exponent!r} with "
+                f"`baseline_weight={self.baseline_weight!r}`. Leave `length_exponent` out, or use "
+                "`baseline_weight='length'`."
             )
         if self.loss_type == "dr_grpo" and self.max_completion_length is None:
             raise ValueError(

@@ -7,6 +7,15 @@ from torch import nn
 from trl import is_conversational
 
 
+def by_name(eval_dataset: Any) -> dict[str, Any]:
+    """What messages call each evaluation dataset: Trainer takes none, one, or several by name."""
+    if eval_dataset is None:
+        return {}
+    if isinstance(eval_dataset, dict):
+        return {f"eval_dataset[{name!r}]": dataset for name, dataset in eval_dataset.items()}
+    return {"eval_dataset": eval_dataset}
+
+
 def check_prompts(dataset: Any, name: str, prompt_optional: bool = False, prompts_needed: int = 1) -> None:
     """
     Refuse a dataset on which training would fail late, or succeed without a single step.

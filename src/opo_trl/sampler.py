@@ -98,3 +98,28 @@ def law_changes(settings: Mapping[str, Any]) -> list[str]:
         `list[str]`: The names in `settings` whose value is not one of `NEUTRAL_VALUES`, sorted. Unknown names pass.
     """
     return sorted(name for name, value in settings.items() if value not in NEUTRAL_VALUES.get(name, (value,)))
+
+
+def check_law(settings: Mapping[str, Any], temperature: float) -> None:
+    """
+    Refuse a merged generation config that samples from another distribution than the policy.
+
+    Args:
+        settings (`Mapping[str, Any]`):
+            The config as the backend uses it.
+        temperature (`float`):
+            Temperature of the law that is trained.
+
+    Raises:
+        ValueError: With the settings that change the law, and where to clear them.
+    """
+    changed = law_changes(settings)
+    if settings["temperature"] != temperature:
+        changed.append("temperature")
+    if changed:
+        listed = ", ".join(f"{name}={settings[name]!r}" for name in changed)
+        raise ValueError(
+            f"OPO samples from exactly the distribution that it trains, but the merged generation config has {listed}. "
+            "TRL leaves such settings to the model's generation_config.json: clear them there, or on the loaded model "
+            f"with `model.generation_config.{changed[0]} = None`."
+        )

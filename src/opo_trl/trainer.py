@@ -7,20 +7,19 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather, gather_object, is_compiled_module
-from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import AutoProcessor, ProcessorMixin
 from trl import GRPOTrainer
 
-from .baselines import opo_advantages
+from .baselines import opo_advantages, token_uncertainty
 from .config import OPOConfig
 from .determinism import disable_dropout
 from .evaluation.pass_at_k import mean_pass_at_k
 from .metrics import rollout_metrics
 from .microbatches import MEMORY_SHARE, cut_rows, deal_rows, plan_microbatches
-from .preflight import check_prompts, check_tokenizer, check_trainable, pass_at_k_reward
+from .preflight import by_name, check_prompts, check_tokenizer, check_trainable, pass_at_k_reward
 from .resumable import ResumableTrainer
-from .sampler import law_changes
+from .sampler import check_law
 from .sampler_correction import correct_sampler
 from .step_statistics import StepStatistics
 
@@ -127,7 +126,7 @@ class OPOTrainer(ResumableTrainer):
         if train_dataset is not None:
             prompts_per_step = args.generation_batch_size // args.num_generations
             check_prompts(train_dataset, "train_dataset", "environment_factory" in kwargs, prompts_per_step)
-        for name, dataset in _by_name(eval_dataset).items():
+        for name, dataset in by_name(eval_dataset).items():
             check_prompts(dataset, name, "environment_factory" in kwargs)
         if processing_class is None and isinstance(model, str):
             # The parent would load it after the model; loaded first, its faults show before anything expensive.
@@ -185,16 +184,7 @@ class OPOTrainer(ResumableTrainer):
         image_token = getattr(self.model.config, "image_token_id", None)
         if isinstance(self.processing_class, ProcessorMixin) and settings["suppress_tokens"] == [image_token]:
             del settings["suppress_tokens"]  # set by TRL: an image token cannot be part of a completion
-        changed = law_changes(settings)
-        if settings["temperature"] != self.temperature:
-            changed.append("temperature")
-        if changed:
-            listed = ", ".join(f"{name}={settings[name]!r}" for name in changed)
-            raise ValueError(
-                "OPO samples from exactly the distribution that it trains, but the merged generation config has "
-                f"{listed}. TRL leaves such settings to the model's generation_config.json: clear them there, or on "
-                f"the loaded model with `model.generation_config.{changed[0]} = None`."
-            )
+        check_law(settings, self.temperature)
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         rewards_per_func = super()._calculate_rewards(*args, **kwargs)  # (N, F), of all ranks; NaN for None
@@ -220,7 +210,8 @@ class OPOTrainer(ResumableTrainer):
         # A group may straddle ranks, so the baseline is taken over the rewards and lengths of all of them.
         lengths = gather(_loss_mask(output).sum(dim=1)).view(-1, group_size)  # (P, K)
         rewards = self._total_rewards().view(-1, group_size)  # (P, K)
-        all_advantages = opo_advantages(rewards, lengths, self.args.length_exponent).flatten()  # (N,)
+        weights = lengths if self.args.baseline_weight == "length" else self._uncertainties(output, rewards, lengths)
+        all_advantages = opo_advantages(rewards, weights, self.args.length_exponent).flatten()  # (N,)
         first = self.accelerator.process_index * len(inputs)
         output["advantages"] = all_advantages[first : first + len(inputs)]
 
@@ -231,7 +222,7 @@ class OPOTrainer(ResumableTrainer):
         else:
             output["loss_normalizer"] = torch.tensor(len(inputs) * self.max_completion_length, device=lengths.device)
 
-        for name, value in rollout_metrics(rewards, lengths, self.args.length_exponent).items():
+        for name, value in rollout_metrics(rewards, lengths, self.args.length_exponent, weights).items():
             self._metrics[mode][name].append(value)
         logged = self._logs["advantages"]  # the parent has just filled it with GRPO's advantages
         for _ in range(min(len(logged), len(all_advantages))):
@@ -239,6 +230,31 @@ class OPOTrainer(ResumableTrainer):
         logged.extend(all_advantages.tolist())
         self._rollout_batch = output
         return output
+
+    def _uncertainties(
+        self, batch: dict[str, Any], rewards: torch.Tensor, lengths: torch.Tensor
+    ) -> torch.Tensor:  # (P, K), (P, K) -> (P, K)
+        """Each completion's uncertainty; the length in groups without anything to learn from, which need no forward."""
+        local = torch.zeros(len(batch["completion_ids"]), device=rewards.device)  # (rows of this rank,)
+        learns = (opo_advantages(rewards, lengths) != 0).any(dim=1, keepdim=True).expand_as(lengths)
+        if self._corrects_sampler and "sampling_per_token_logps" in batch:
+            local = token_uncertainty(batch["sampling_per_token_logps"].nan_to_num(0.0), _loss_mask(batch))
+        else:
+            # Every rank runs the same number of forwards, whatever its rows are: engines wait for each other.
+            forwards = self.args.steps_per_generation if self.model.training else 1
+            chunk: int | None = len(local) // forwards
+            parts = [{**batch, "position": torch.arange(len(local), device=local.device)}]
+            if self._can_regroup(batch):
+                rows = {name: parts[0][name] for name in ("position", *_ROW_TENSORS) if name in parts[0]}
+                first = self.accelerator.process_index * len(local)
+                hand = learns.flatten()[first : first + len(local)].nonzero().flatten().cpu()
+                parts, chunk = self._cut(rows, hand, forwards, len(local) // forwards), None
+            with torch.no_grad():
+                for part in parts:
+                    logps, _, _ = self._token_scores(self.model, part, batch_size=chunk)
+                    # Added, not set: a filler stands for a row that has its own place.
+                    local.index_add_(0, part["position"], token_uncertainty(logps, _loss_mask(part)))
+        return torch.where(learns, gather(local).view_as(lengths), lengths)
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         self._rollout_batch = None
@@ -264,30 +280,33 @@ class OPOTrainer(ResumableTrainer):
         """Deal the rollout batch's rows to the ranks and cut this rank's into the micro-batches of the step."""
         rows = {name: batch[name] for name in _ROW_TENSORS if name in batch}
         ranks, steps = self.accelerator.num_processes, self.args.steps_per_generation
-        rows_per_micro_batch = batch["advantages"].size(0) // steps
         if ranks > 1:  # a rank may be dealt any row, so it needs to see them all
             for name in rows:
                 if rows[name].ndim == 2:
                     left = name.startswith("prompt")
                     rows[name] = self.accelerator.pad_across_processes(rows[name], dim=1, pad_first=left)
                 rows[name] = gather(rows[name])
-        prompt_lengths, completion_lengths = (
-            rows[f"{part}_mask"].sum(dim=1).cpu() for part in ("prompt", "completion")
-        )
-        learns = torch.ones_like(prompt_lengths, dtype=torch.bool)
+        learns = torch.ones_like(rows["advantages"], dtype=torch.bool)
         if self.args.skip_uninformative:
-            learns = ((rows["advantages"] != 0) & _loss_mask(rows).any(dim=1)).cpu()
+            learns = (rows["advantages"] != 0) & _loss_mask(rows).any(dim=1)
+        lengths = (rows["prompt_mask"].sum(dim=1) + rows["completion_mask"].sum(dim=1)).cpu()
+        hand = deal_rows(lengths, learns.cpu(), ranks)[self.accelerator.process_index]
+        scalars = {name: batch[name] for name in _SCALARS if name in batch}
+        return [{**part, **scalars} for part in self._cut(rows, hand, steps, len(batch["advantages"]) // steps)]
+
+    def _cut(
+        self, rows: dict[str, torch.Tensor], hand: torch.Tensor, micro_batches: int, rows_per_micro_batch: int
+    ) -> list[dict[str, torch.Tensor]]:
+        """Cut the rows of a hand into micro-batches, none much larger than so many of the widest rows."""
         width = rows["prompt_ids"].size(1) + rows["completion_ids"].size(1)
-        hand = deal_rows(prompt_lengths + completion_lengths, learns, ranks)[self.accelerator.process_index]
         plan = plan_microbatches(
-            prompt_lengths[hand],
-            completion_lengths[hand],
-            steps,
+            rows["prompt_mask"].sum(dim=1).cpu()[hand],
+            rows["completion_mask"].sum(dim=1).cpu()[hand],
+            micro_batches,
             largest=int(MEMORY_SHARE * rows_per_micro_batch * width),
             pad_to_multiple_of=self.pad_to_multiple_of,
         )
-        scalars = {name: batch[name] for name in _SCALARS if name in batch}
-        return [{**cut_rows(rows, hand, micro_batch), **scalars} for micro_batch in plan]
+        return [cut_rows(rows, hand, micro_batch) for micro_batch in plan]
 
     def _log_padding(self, micro_batches: list[dict[str, Any]]) -> None:
         """Log the share of padding among the tokens that the step's forwards run on, over all ranks."""
@@ -302,18 +321,21 @@ class OPOTrainer(ResumableTrainer):
         weighted = self._rewards_per_func * self.reward_weights.to(self._rewards_per_func.device)  # (N, F)
         return torch.where(torch.isnan(weighted).all(dim=1), torch.nan, weighted.nansum(dim=1))
 
-    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-        input_ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)  # (B, T)
-        attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)  # (B, T)
-        loss_mask = _loss_mask(inputs)  # (B, C)
-        logps, entropies, aux_loss = self._get_per_token_logps_and_entropies(
+    def _token_scores(self, model: nn.Module, inputs: dict[str, Any], **options: Any) -> tuple[Any, Any, Any]:
+        """Run a micro-batch: log-probabilities (B, C), and entropies (B, C) and the router's loss where asked for."""
+        return self._get_per_token_logps_and_entropies(
             model,
-            input_ids,
-            attention_mask,
-            logits_to_keep=loss_mask.size(1),
-            compute_entropy=True,
-            compute_aux_loss=self.aux_loss_enabled,
+            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),  # (B, T)
+            torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),  # (B, T)
+            logits_to_keep=inputs["completion_ids"].size(1),
             **{name: inputs[name] for name in _forward_arguments() & inputs.keys()},
+            **options,
+        )
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        loss_mask = _loss_mask(inputs)  # (B, C)
+        logps, entropies, aux_loss = self._token_scores(
+            model, inputs, compute_entropy=True, compute_aux_loss=self.aux_loss_enabled
         )  # (B, C), (B, C), scalar
 
         # REINFORCE, A * log pi, in the form whose value is A: exp(x - x.detach()) is 1 and its gradient is that of x.
@@ -366,11 +388,3 @@ def _loss_mask(batch: dict[str, Any]) -> torch.Tensor:  # (B, C)
 def _forward_arguments() -> set[str]:
     """Names of what the parent's forward takes besides tokens, such as `pixel_values` of an image batch."""
     return set(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)
-
-
-def _by_name(eval_dataset: Any) -> dict[str, Dataset | IterableDataset]:
-    if eval_dataset is None:
-        return {}
-    if isinstance(eval_dataset, dict):
-        return {f"eval_dataset[{name!r}]": dataset for name, dataset in eval_dataset.items()}
-    return {"eval_dataset": eval_dataset}

@@ -1,0 +1,103 @@
+"""What benchmarks share: where a number comes from, and a policy's samples with what is measured of them."""
+
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
+import torch
+from datasets import Dataset
+
+from judging import judge
+from opo_trl.evaluation import Record, sequence_kl
+from opo_trl.evaluation.sampling import TransformersSampler, record_seed, tokenize_prompt
+from opo_trl.evaluation.scoring import score_completions
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def provenance(*packages: str) -> dict[str, Any]:
+    """Command, commit, hardware and versions of what was measured, for the head of a result file."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=RESULTS, capture_output=True, text=True, check=False)
+    changed = subprocess.run(
+        ["git", "status", "--porcelain", "--untracked-files=no", "--", "../../src", "../../examples", ".."],
+        cwd=RESULTS, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return {
+        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "commit": commit.stdout.strip() + (" with changes" if changed.stdout.strip() else ""),
+        "hardware": hardware(),
+        "versions": {name: version(name) for name in ("opo-trl", "trl", "transformers", "torch", *packages)},
+    }
+
+
+def hardware() -> str:
+    """Name of the GPU, or of the processor with the number of its threads."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name(0)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} threads"
+
+
+def sample_records(
+    model: Any,
+    tokenizer: Any,
+    problems: Dataset,
+    *,
+    num_samples: int,
+    max_new_tokens: int,
+    seed: int,
+    base: Any = None,
+    batch_size: int = 256,
+) -> list[Record]:
+    """
+    Sample and judge completions of a policy, at temperature 1.
+
+    Args:
+        model, tokenizer:
+            The policy.
+        problems ([`~datasets.Dataset`]):
+            Columns `prompt`, `solution` and `id`.
+        num_samples (`int`):
+            Completions per problem.
+        max_new_tokens (`int`):
+            Longest completion, in tokens.
+        seed (`int`):
+            Seed of the sampling.
+        base ([`~transformers.PreTrainedModel`], *optional*):
+            Starting policy; with it records hold entropy and KL.
+        batch_size (`int`, *optional*, defaults to `256`):
+            Completions generated at a time.
+
+    Returns:
+        `list[Record]`: In the order of the problems.
+    """
+    sampler = TransformersSampler(model, tokenizer, max_new_tokens=max_new_tokens)
+    rows = [(row, sample) for row in problems for sample in range(num_samples)]
+    records: list[Record] = []
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        prompts = [tokenize_prompt(tokenizer, row["prompt"]) for row, _ in batch]
+        completions = sampler.sample(prompts, [record_seed(seed, row["id"], sample) for row, sample in batch])
+        records += judge(batch, completions)
+        if base is not None:
+            _add_shift(records[start:], prompts, model, base)
+    return records
+
+
+def _add_shift(records: Sequence[Record], prompts: list[list[int]], model: Any, base: Any) -> None:
+    """Add to each record its entropy and its KL to the starting policy, summed over tokens."""
+    completions = [record["token_ids"] for record in records]
+    scored = (score_completions(scorer, prompts, completions) for scorer in (model, base))
+    for record, own, other in zip(records, *scored, strict=True):
+        record["entropy"] = sum(own.entropies)
+        record["kl_plain"] = sequence_kl(own.logps, other.logps, "plain")
+        record["kl_low_variance"] = sequence_kl(own.logps, other.logps, "low_variance")

@@ -1,0 +1,425 @@
+"""
+OPO against GRPO on the tiny policy: six arms, the same problems and rollouts' budget, several seeds.
+
+    python benchmarks/opo_vs_grpo.py            # about an hour on two cores; goes on where it was stopped
+
+| arm             | trainer     | baseline                  | over std | steps per rollout batch          |
+|-----------------|-------------|---------------------------|----------|----------------------------------|
+| opo             | OPOTrainer  | b*                        | no       | 1                                |
+| opo_mean        | OPOTrainer  | group mean                | no       | 1                                |
+| grpo            | GRPOTrainer | group mean                | yes      | 1                                |
+| grpo_no_std     | GRPOTrainer | group mean                | no       | 1                                |
+| grpo_off        | GRPOTrainer | group mean                | yes      | 2, clip 0.2, entropy bonus 0.001 |
+| opo_uncertainty | OPOTrainer  | weighed by uncertainties  | no       | 1                                |
+
+grpo_off is the off-policy arm of the paper's experiment A. opo_uncertainty was added after gradient_variance.py had
+been run and before anything was measured on test problems. Everything else is the same for all: the starting policy,
+the order of the problems, 128 completions in a rollout batch, Adam, the length limit, the clip of the gradient norm.
+
+What is decided before anything runs:
+
+1. Each arm gets its own learning rate. Those of `FIRST_GRID` are tried with the seeds `SWEEP_SEEDS`, and the next one
+   of `LEARNING_RATES` on that side is added while the best one lies at the edge of what was tried.
+2. The best is the highest mean pass@1 on *validation* problems at the end of training; the lower rate on a tie. A run
+   that breaks down counts as 0.
+3. Every arm is then trained with its best rate and other seeds, `SEEDS`, and measured on *test* problems that nothing
+   was chosen by: `NUM_SAMPLES` completions each, from which every metric of the table follows.
+4. Intervals are Student's t over seeds; differences to `opo` are paired by seed. All arms are reported.
+
+Each finished run is a file in `--output_dir`; results/opo_vs_grpo.json and .png are written when all are there.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # arms run in parallel, a core each
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "examples"))
+
+import torch
+from datasets import disable_progress_bars
+from scipy.stats import t as student_t
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
+from transformers.utils import logging
+from trl import GRPOConfig, GRPOTrainer
+
+from measuring import RESULTS, provenance, sample_records
+from opo_trl import OPOConfig, OPOTrainer
+from opo_trl.evaluation import problem_metrics
+from opo_trl.rewards import math_verify_reward
+from problems import load_problems
+
+POLICY = str(ROOT / "examples" / "tiny_policy")
+LEARNING_RATES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+FIRST_GRID = (3e-5, 1e-4, 3e-4)
+SWEEP_SEEDS = (101, 102)
+SEEDS = (1, 2, 3, 4, 5, 6, 7, 8)
+NUM_VALIDATION, NUM_TEST = 256, 256  # problems
+NUM_SAMPLES = 8  # completions per problem, in training and in the measurements
+REFERENCE = "opo"
+
+# One rollout batch is 16 problems with 8 completions each; an on-policy step accumulates over both halves of it.
+ON_POLICY = {"gradient_accumulation_steps": 2}
+ARMS: dict[str, tuple[type, type, dict[str, Any]]] = {
+    "opo": (OPOTrainer, OPOConfig, ON_POLICY),
+    "opo_mean": (OPOTrainer, OPOConfig, {**ON_POLICY, "length_exponent": 0.0}),
+    "grpo": (GRPOTrainer, GRPOConfig, {**ON_POLICY, "scale_rewards": "group"}),
+    "grpo_no_std": (GRPOTrainer, GRPOConfig, {**ON_POLICY, "scale_rewards": "none"}),
+    "grpo_off": (
+        GRPOTrainer,
+        GRPOConfig,
+        {
+            "gradient_accumulation_steps": 1,
+            "steps_per_generation": 2,
+            "scale_rewards": "group",
+            "epsilon": 0.2,
+            "entropy_coef": 0.001,
+        },
+    ),
+    "opo_uncertainty": (OPOTrainer, OPOConfig, {**ON_POLICY, "baseline_weight": "uncertainty"}),
+}
+TITLES = {
+    "opo": "OPO",
+    "opo_mean": "OPO's loop, mean baseline",
+    "grpo": "GRPO, on-policy",
+    "grpo_no_std": "GRPO, on-policy, no std",
+    "grpo_off": "GRPO, off-policy",
+    "opo_uncertainty": "OPO, uncertainty",
+}
+METRICS = ("pass@1", "pass@8", "length", "entropy", "kl_plain", "kl_low_variance", "rep-5", "self-bleu", "truncated")
+TRAINING = ("grad_norm", "gradient_clipped", "ratio_clipped")
+MAX_GRAD_NORM = 1.0
+MAX_COMPLETION_LENGTH = 40
+
+
+class Job(NamedTuple):
+    """One training run and the problems that it is measured on."""
+
+    arm: str
+    learning_rate: float
+    seed: int
+    split: str  # "validation" or "test"
+    rollouts: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm}-{self.learning_rate:g}-{self.seed}-{self.split}-{self.rollouts}"
+
+
+def held_out(split: str) -> Any:
+    """Validation and test problems: disjoint, and disjoint from those that are trained on."""
+    problems = load_problems("arithmetic", "test", num_arithmetic=NUM_VALIDATION + NUM_TEST)
+    first, size = (0, NUM_VALIDATION) if split == "validation" else (NUM_VALIDATION, NUM_TEST)
+    return problems.select(range(first, first + size))
+
+
+def make_trainer(job: Job, directory: str) -> Any:
+    """The trainer of an arm, with everything that arms share set alike."""
+    trainer_class, config_class, settings = ARMS[job.arm]
+    steps = job.rollouts * settings.get("steps_per_generation", 2) // settings["gradient_accumulation_steps"]
+    config = config_class(
+        directory,
+        seed=job.seed,
+        learning_rate=job.learning_rate,
+        max_steps=steps,
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=steps // 20,
+        per_device_train_batch_size=64,
+        num_generations=NUM_SAMPLES,
+        max_completion_length=MAX_COMPLETION_LENGTH,
+        max_grad_norm=MAX_GRAD_NORM,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        disable_tqdm=True,
+        **settings,
+    )
+    problems = load_problems("arithmetic", "train", num_arithmetic=8_000)
+    trainer = trainer_class(POLICY, math_verify_reward, config, problems)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Train and measure one job."""
+    torch.set_num_threads(1)
+    disable_progress_bars()
+    logging.disable_progress_bar()
+    start = time.perf_counter()
+    result: dict[str, Any] = {"job": job._asdict(), "commit": provenance()["commit"]}
+    with tempfile.TemporaryDirectory() as directory:
+        trainer = make_trainer(job, directory)
+        try:
+            trainer.train()
+        except (ValueError, RuntimeError) as error:  # a rate too high: numbers that are not finite end a run
+            return {**result, "broke_down": f"step {trainer.state.global_step}: {str(error)[:300]}"}
+    steps = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
+    rollouts = [entry for entry in steps if "reward" in entry]  # logged by the first step on each rollout batch
+    result["curves"] = {
+        "reward": [round(entry["reward"], 4) for entry in rollouts],
+        "length": [round(entry["completions/mean_length"], 2) for entry in rollouts],
+    }
+    norms = [entry["grad_norm"] for entry in steps]
+    result["training"] = {
+        "grad_norm": statistics.fmean(norms),
+        "gradient_clipped": statistics.fmean(norm > MAX_GRAD_NORM for norm in norms),
+        "ratio_clipped": statistics.fmean(entry.get("clip_ratio/region_mean", 0.0) for entry in steps),
+    }
+    base = AutoModelForCausalLM.from_pretrained(POLICY)
+    records = sample_records(
+        trainer.model, AutoTokenizer.from_pretrained(POLICY), held_out(job.split), num_samples=NUM_SAMPLES,
+        max_new_tokens=MAX_COMPLETION_LENGTH, seed=0, base=base,
+    )  # fmt: skip
+    metrics = problem_metrics(records)
+    result["metrics"] = {name: statistics.fmean(metrics[name].values()) for name in METRICS}
+    result["seconds"] = round(time.perf_counter() - start, 1)
+    return result
+
+
+def complete(jobs: Iterable[Job], directory: Path, processes: int) -> dict[Job, dict[str, Any]]:
+    """Results of all jobs: read where a run is done, run where it is not, several at a time."""
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = {job: directory / f"{job.name}.json" for job in dict.fromkeys(jobs)}
+    missing = [job for job, path in paths.items() if not path.exists()]
+    if missing:
+        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+            futures = {pool.submit(run, job): job for job in missing}
+            for done, future in enumerate(as_completed(futures), 1):
+                job, result = futures[future], future.result()
+                part = paths[job].with_suffix(".part")
+                part.write_text(json.dumps(result) + "\n")
+                part.replace(paths[job])
+                print(f"{done:3d}/{len(missing)}  {job.name:42}{_line(result)}", flush=True)
+    return {job: json.loads(path.read_text()) for job, path in paths.items()}
+
+
+def _line(result: dict[str, Any]) -> str:
+    if "broke_down" in result:
+        return f"broke down in {result['broke_down']}"
+    metrics = result["metrics"]
+    return f"pass@1 {metrics['pass@1']:.3f}  length {metrics['length']:.1f}  {result['seconds']:.0f} s"
+
+
+def score(result: dict[str, Any]) -> float:
+    """What a learning rate is chosen by."""
+    return 0.0 if "broke_down" in result else result["metrics"]["pass@1"]
+
+
+def choose_rates(directory: Path, processes: int, rollouts: int) -> dict[str, dict[str, Any]]:
+    """Sweep every arm's learning rate; what was tried, and the best by the rule at the head of this file."""
+    tried: dict[str, list[float]] = {arm: list(FIRST_GRID) for arm in ARMS}
+    while True:
+        jobs = [
+            Job(arm, rate, seed, "validation", rollouts)
+            for arm, rates in tried.items()
+            for rate in rates
+            for seed in SWEEP_SEEDS
+        ]
+        results = complete(jobs, directory, processes)
+        sweeps = {}
+        for arm, rates in tried.items():
+            scores = {
+                rate: [score(results[Job(arm, rate, seed, "validation", rollouts)]) for seed in SWEEP_SEEDS]
+                for rate in sorted(rates)
+            }
+            best = max(scores, key=lambda rate: (statistics.fmean(scores[rate]), -rate))
+            sweeps[arm] = {"best": best, "tried": {f"{rate:g}": each for rate, each in scores.items()}}
+        extended = False
+        for arm, rates in tried.items():
+            best, place = sweeps[arm]["best"], LEARNING_RATES.index(sweeps[arm]["best"])
+            neighbours = LEARNING_RATES[max(place - 1, 0) : place + 2]
+            new = [rate for rate in neighbours if rate not in rates]
+            if best in (min(rates), max(rates)) and new:
+                rates += new
+                extended = True
+        if not extended:
+            return sweeps
+
+
+def interval(values: Sequence[float]) -> dict[str, float]:
+    """Mean over seeds with its 95 % interval by Student's t."""
+    mean = statistics.fmean(values)
+    half = student_t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def mean_curve(curves: Sequence[Sequence[float]]) -> list[float]:
+    """Mean over seeds at each rollout batch."""
+    return [round(statistics.fmean(points), 4) for points in zip(*curves, strict=True)]
+
+
+def summarize(sweeps: dict[str, Any], results: dict[Job, dict[str, Any]], rollouts: int) -> dict[str, Any]:
+    """Per arm: its rate, every metric over seeds, and its difference to OPO's, paired by seed."""
+    values: dict[str, dict[str, list[float]]] = {}
+    arms: dict[str, Any] = {}
+    for arm, sweep in sweeps.items():
+        runs = [results[Job(arm, sweep["best"], seed, "test", rollouts)] for seed in SEEDS]
+        broken = [run_["broke_down"] for run_ in runs if "broke_down" in run_]
+        if broken:
+            raise RuntimeError(f"{arm} broke down at its best learning rate {sweep['best']:g}: {broken}")
+        values[arm] = {
+            **{name: [run_["metrics"][name] for run_ in runs] for name in METRICS},
+            **{name: [run_["training"][name] for run_ in runs] for name in TRAINING},
+            "reward": [statistics.fmean(run_["curves"]["reward"][-20:]) for run_ in runs],
+        }
+        arms[arm] = {
+            "learning_rate": sweep["best"],
+            "sweep": sweep["tried"],
+            "over_seeds": {name: interval(each) for name, each in values[arm].items()},
+            "each_seed": values[arm],
+            "curves": {
+                name: [
+                    round(statistics.fmean(points), 4)
+                    for points in zip(*(r["curves"][name] for r in runs), strict=True)
+                ]
+                for name in ("reward", "length")
+            },
+        }
+    for arm, found in values.items():
+        if arm != REFERENCE:
+            arms[arm]["difference_to_opo"] = {
+                name: interval([a - b for a, b in zip(each, values[REFERENCE][name], strict=True)])
+                for name, each in found.items()
+            }
+    return arms
+
+
+PERCENT = {"pass@1", "pass@8", "rep-5", "self-bleu", "truncated", "gradient_clipped", "ratio_clipped", "reward"}
+COLUMNS = {
+    "reward": "training reward, last 20 (%)",
+    "pass@1": "pass@1 (%)",
+    "pass@8": "pass@8 (%)",
+    "length": "length",
+    "entropy": "entropy",
+    "kl_plain": "KL",
+    "rep-5": "Rep-5 (%)",
+    "self-bleu": "Self-BLEU (%)",
+    "grad_norm": "gradient norm",
+    "gradient_clipped": "norm clipped (%)",
+    "ratio_clipped": "ratio clipped (%)",
+}
+
+
+def table(arms: dict[str, Any], part: str) -> str:
+    """One part of the arms' results, `over_seeds` or `difference_to_opo`, as Markdown."""
+    lines = [f"| arm | learning rate | {' | '.join(COLUMNS.values())} |", "|---" * (len(COLUMNS) + 2) + "|"]
+    for arm, found in arms.items():
+        if part not in found:
+            continue
+        cells = []
+        for name in COLUMNS:
+            scale, each = (100 if name in PERCENT else 1), found[part][name]
+            digits = 1 if scale == 100 or name == "length" else 3
+            sign = "+" if part == "difference_to_opo" else ""
+            mean, low, high = (f"{scale * each[end]:{sign}.{digits}f}" for end in ("mean", "low", "high"))
+            outside = sign and (each["low"] > 0 or each["high"] < 0)
+            cells.append(f"{f'**{mean}**' if outside else mean} ({low} to {high})")
+        lines.append(f"| {TITLES[arm]} | {found['learning_rate']:g} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+COLORS = {
+    "opo": "#1f5c99",
+    "opo_mean": "#4a8c3f",
+    "grpo": "#b3441e",
+    "grpo_no_std": "#c79a2b",
+    "grpo_off": "#7a4f9e",
+    "opo_uncertainty": "#1aa0a0",
+}
+
+
+def plot(arms: dict[str, Any], path: Path) -> None:
+    """Training curves, the sweep, and the final metrics with their intervals."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(2, 4, figsize=(15, 6.2), layout="constrained")
+    for arm, found in arms.items():
+        for axis, name in zip(axes[0], ("reward", "length"), strict=False):
+            curve = torch.tensor(found["curves"][name])
+            smooth = curve.unfold(0, 10, 1).mean(dim=1)
+            axis.plot(range(5, 5 + len(smooth)), smooth, color=COLORS[arm], label=TITLES[arm], lw=1.4)
+        rates = [float(rate) for rate in found["sweep"]]
+        scores = [statistics.fmean(each) for each in found["sweep"].values()]
+        axes[0][2].plot(rates, scores, color=COLORS[arm], marker="o", ms=3, lw=1.2)
+        axes[0][2].plot(found["learning_rate"], max(scores), color=COLORS[arm], marker="*", ms=11)
+    axes[0][0].set_title("training reward (mean of 10 batches)", fontsize=10, loc="left")
+    axes[0][1].set_title("completion length in training (tokens)", fontsize=10, loc="left")
+    axes[0][2].set_title("validation pass@1 by learning rate", fontsize=10, loc="left")
+    axes[0][2].set_xscale("log")
+    for axis in axes[0][:2]:
+        axis.set_xlabel("rollout batch")
+    axes[0][0].legend(fontsize=7)
+    panels = ["pass@1", "pass@8", "length", "entropy", "kl_plain"]
+    for axis, name in zip([axes[0][3], *axes[1]], panels, strict=True):
+        for place, (arm, found) in enumerate(arms.items()):
+            each, scale = found["over_seeds"][name], (100 if name in PERCENT else 1)
+            error = [[scale * (each["mean"] - each["low"])], [scale * (each["high"] - each["mean"])]]
+            axis.errorbar(scale * each["mean"], -place, xerr=error, fmt="o", capsize=3, color=COLORS[arm])
+            seeds = [scale * value for value in found["each_seed"][name]]
+            axis.plot(seeds, [-place - 0.25] * len(seeds), "|", color=COLORS[arm], alpha=0.5)
+        axis.set_yticks([-i for i in range(len(arms))], [TITLES[arm] for arm in arms], fontsize=7)
+        axis.set_title(f"test {COLUMNS[name]}", fontsize=10, loc="left")
+    for axis in axes.flat:
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rollouts", type=int, default=200, help="rollout batches per run")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at a time")
+    parser.add_argument(
+        "--output_dir", type=Path, default=ROOT / "outputs" / "opo_vs_grpo", help="where finished runs are"
+    )
+    args = parser.parse_args()
+    sweeps = choose_rates(args.output_dir, args.processes, args.rollouts)
+    print({arm: sweep["best"] for arm, sweep in sweeps.items()}, flush=True)
+    jobs = [Job(arm, sweeps[arm]["best"], seed, "test", args.rollouts) for seed in SEEDS for arm in ARMS]
+    results = complete(jobs, args.output_dir, args.processes)
+    arms = summarize(sweeps, results, args.rollouts)
+    report = {
+        **provenance(),
+        "commit": ", ".join(sorted({result["commit"] for result in results.values()})),  # of the runs
+        "rule": "highest mean validation pass@1 over the sweep's seeds; the lower rate on a tie",
+        "settings": {
+            "rollouts": args.rollouts,
+            "completions_per_rollout_batch": 128,
+            "sweep_seeds": SWEEP_SEEDS,
+            "seeds": SEEDS,
+            "validation_problems": NUM_VALIDATION,
+            "test_problems": NUM_TEST,
+            "samples_per_problem": NUM_SAMPLES,
+            "max_completion_length": MAX_COMPLETION_LENGTH,
+            "arms": {arm: settings for arm, (_, _, settings) in ARMS.items()},
+        },
+        "arms": arms,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / "opo_vs_grpo.json"
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    plot(arms, path.with_suffix(".png"))
+    print(f"\n{table(arms, 'over_seeds')}\n\nDifference to OPO:\n\n{table(arms, 'difference_to_opo')}\n")
+    print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    main()

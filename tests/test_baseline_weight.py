@@ -1,0 +1,123 @@
+"""The baseline weighed by the tokens' uncertainty: the weight itself, the update, and what it costs."""
+
+import pytest
+import torch
+
+from opo_trl.baselines import token_uncertainty
+from test_trainer import WHOLE_SCRIPT, reinforce_update, scripted_groups
+from test_update import record_forwards
+from tiny import (
+    GROUP_SIZE,
+    SCRIPT,
+    relative_error,
+    scripted_dataset,
+    scripted_rollout,
+    scripted_trainer,
+    tiny_config,
+    tiny_model,
+    update_of,
+)
+
+UNCERTAINTY = {"baseline_weight": "uncertainty"}
+
+
+def uncertainty(logps, trained):
+    return sum((1 - logp.exp().item()) ** 2 for logp, t in zip(logps, trained, strict=True) if t)
+
+
+@pytest.mark.parametrize("sharpness", [0.1, 1.0, 10.0])
+def test_it_is_the_squared_norm_of_the_score_up_to_a_factor_of_two(sharpness):
+    """With respect to the logits; every token of a vocabulary, from nearly uniform laws to nearly certain ones."""
+    law = (sharpness * torch.randn(50, 11, generator=torch.Generator().manual_seed(0))).double().softmax(dim=-1)
+    norms = (torch.eye(11) - law.unsqueeze(1)).square().sum(dim=2)  # (50, 11): of the score of each token
+    weights = token_uncertainty(law.log().view(-1, 1), torch.ones(550, 1)).view(50, 11)
+    assert (weights <= norms * (1 + 1e-4)).all()
+    assert (norms <= 2 * weights * (1 + 1e-4) + 1e-12).all()
+
+
+def test_masked_tokens_do_not_count_and_sure_ones_hardly():
+    logps = torch.tensor([[0.5, 0.9, 0.1], [1.0, 1 - 1e-5, 1.0]], dtype=torch.float64).log()
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    assert token_uncertainty(logps, mask).tolist() == pytest.approx([0.26, 1e-10], rel=1e-2)
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(24, 1), (6, 4), (1, 24)])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_a_step_is_reinforce_with_the_weighted_baseline(tmp_path, batch_size, accumulation, temperature):
+    settings = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+    update = update_of(scripted_trainer(tmp_path, temperature=temperature, **settings, **UNCERTAINTY))
+    groups = scripted_groups()
+    expected = reinforce_update(tiny_model(), groups, temperature=temperature, weigh=uncertainty)
+    assert relative_error(update, expected) < 1e-5
+    assert relative_error(update, reinforce_update(tiny_model(), groups, temperature=temperature)) > 1e-2
+
+
+def test_fixed_shapes_make_the_same_update(tmp_path, monkeypatch):
+    """Where rows may not be regrouped, as with images, they run in the parent's chunks."""
+    settings = {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 4}
+    trainer = scripted_trainer(tmp_path, **settings, **UNCERTAINTY)
+    monkeypatch.setattr(trainer, "_can_regroup", lambda batch: False)
+    shapes = record_forwards(trainer.model)
+    expected = reinforce_update(tiny_model(), scripted_groups(), weigh=uncertainty)
+    assert relative_error(update_of(trainer), expected) < 1e-5
+    assert [rows for rows, _ in shapes] == [6] * 8
+
+
+def test_it_costs_a_forward_of_the_groups_that_teach_and_no_more(tmp_path):
+    shapes = {}
+    for weight in ("length", "uncertainty"):
+        settings = {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 4}
+        trainer = scripted_trainer(tmp_path, baseline_weight=weight, **settings)
+        shapes[weight] = record_forwards(trainer.model)
+        trainer.train()
+    assert shapes["uncertainty"][-4:] == shapes["length"], "the update itself is the same"
+    extra = shapes["uncertainty"][:-4]
+    teaching = [rows for rows in SCRIPT.values() if len({reward for _, reward in rows if reward is not None}) > 1]
+    assert len(extra) == 4, "as many on every rank, whatever its rows are"
+    assert sum(rows for rows, _ in extra) == GROUP_SIZE * len(teaching) < GROUP_SIZE * len(SCRIPT)
+
+
+def test_a_samplers_log_probabilities_make_it_free(tmp_path):
+    """With the policy's own log-probabilities from the sampler: the same update without a forward of its own."""
+    model = tiny_model()
+
+    def rollout(prompts, trainer):
+        output = scripted_rollout(prompts, trainer)
+        for i, (prompt, ids) in enumerate(zip(output["prompt_ids"], output["completion_ids"], strict=True)):
+            with torch.no_grad():
+                law = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].log_softmax(dim=-1)
+            output["logprobs"][i] = law[torch.arange(len(ids)), ids].tolist()
+        return output
+
+    trainer = scripted_trainer(
+        tmp_path, rollout=rollout, rollout_importance_sampling_correction=True, **WHOLE_SCRIPT, **UNCERTAINTY
+    )
+    shapes = record_forwards(trainer.model)
+    expected = reinforce_update(tiny_model(), scripted_groups(), weigh=uncertainty)
+    assert relative_error(update_of(trainer), expected) < 1e-4
+    assert len(shapes) == 1
+
+
+def test_evaluation_uses_it_too(tmp_path):
+    trainer = scripted_trainer(
+        tmp_path, eval_dataset=scripted_dataset(), per_device_eval_batch_size=12, **WHOLE_SCRIPT, **UNCERTAINTY
+    )
+    plain = scripted_trainer(tmp_path, eval_dataset=scripted_dataset(), per_device_eval_batch_size=12, **WHOLE_SCRIPT)
+    ours, theirs = trainer.evaluate(), plain.evaluate()
+    assert ours["eval_reward"] == theirs["eval_reward"]
+    assert ours["eval_opo/baseline"] != theirs["eval_opo/baseline"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"baseline_weight": "norm"}, "`baseline_weight` must be 'length' or 'uncertainty', got 'norm'"),
+        (
+            {"baseline_weight": "uncertainty", "length_exponent": 1.6},
+            "`length_exponent` is a power of the length, got 1.6",
+        ),
+    ],
+)
+def test_what_makes_no_sense_is_refused(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_config(tmp_path, **settings)
