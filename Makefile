@@ -65,9 +65,10 @@ test-build: build
 	$(BUILD_VENV)/bin/python -m pip install --quiet --constraint constraints.txt "$$(echo dist/*.whl)[dev,plot]"
 	$(BUILD_VENV)/bin/python tests/check_distributions.py dist
 
+# Not with --quiet: mkdocs then does not count its warnings, and is not strict.
 docs: $(READY)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
-	@echo "The documentation is in site/index.html"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+	@echo "The documentation is in site/index.html; its search needs a server: python -m http.server --directory site"
 
 check: $(READY)
 	$(BIN)/ruff check .

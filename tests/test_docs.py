@@ -326,6 +326,12 @@ def test_every_argument_is_documented():
             assert re.search(item, thing.__doc__, re.MULTILINE), f"{path}: {parameter}"
 
 
+def test_the_site_is_built_strictly():
+    """`strict` fails on warnings, and `--quiet` would keep mkdocs from counting them."""
+    assert re.search(r"^strict: true$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert re.findall(r"mkdocs build.*", (ROOT / "Makefile").read_text()) == ["mkdocs build"]
+
+
 def from_docs(module):
     spec = importlib.util.spec_from_file_location(module, ROOT / "docs" / f"{module}.py")
     loaded = importlib.util.module_from_spec(spec)

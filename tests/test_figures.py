@@ -2,10 +2,12 @@
 
 import importlib.util
 import json
+import re
 
 import pytest
 
 from pages import ROOT, page, tables, the_table
+from reporting import COLUMNS
 
 README = (ROOT / "README.md").read_text()
 
@@ -169,3 +171,33 @@ def test_the_tutorial():
     ]
     assert the_table(page("tutorial"), "of 512 held-out problems") == expected
     assert f"seed {measured['seed']}" in page("tutorial")
+
+
+def test_what_the_tutorial_prints():
+    logged = results("quickstart_log")
+    (printed,) = re.findall(r"^ +step +reward.*?^pass@1 after", page("tutorial"), re.MULTILINE | re.DOTALL)
+    lines = [line.split() for line in printed.splitlines()[1:-1]]
+    assert len(lines) > 5
+    for step, *cells in lines:
+        number = int(step.split("/")[0])
+        if cells[0] == "held-out":
+            (value,) = [entry["eval_reward"] for entry in logged if "eval_reward" in entry and entry["step"] == number]
+            assert cells[-1] == f"{value:.3f}"
+        else:
+            (entry,) = [entry for entry in logged if "reward" in entry and entry["step"] == number]
+            assert cells[:-1] == [f"{entry[name]:.4g}" for name in COLUMNS], step
+
+
+def test_what_the_quickstart_logs():
+    steps = [entry for entry in results("quickstart_log") if "reward" in entry]
+    rows = {row[0].strip("`"): row[-1] for table in tables(page("metrics")) for row in table}
+    quoted = 0
+    for metric, healthy in rows.items():
+        for kind, pattern in ((0, r"Quickstart: ([\d.]+) to (\d[\d.]*\d)"), (1, r"between ([\d.]+) and (\d[\d.]*\d)")):
+            if found := re.search(pattern, healthy):
+                values = [entry[metric] for entry in steps]
+                first, last = (min(values), max(values)) if kind else (values[0], values[-1])
+                digits = [len(text.partition(".")[2]) for text in found.groups()]
+                assert list(found.groups()) == [f"{first:.{digits[0]}f}", f"{last:.{digits[1]}f}"], metric
+                quoted += 1
+    assert quoted == 8
