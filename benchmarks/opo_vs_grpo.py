@@ -26,6 +26,9 @@ What is decided before anything runs:
    was chosen by: `NUM_SAMPLES` completions each, from which every metric of the table follows.
 4. Intervals are Student's t over seeds; differences to `opo` are paired by seed. All arms are reported.
 
+Added when the arms' results were known, as a second look and not in place of the first: the three baselines of
+OPOTrainer at equal rates, `BASELINE_RATES`, with the same seeds and problems, since the rule had given them different ones.
+
 Each finished run is a file in `--output_dir`; results/opo_vs_grpo.json and .png are written when all are there.
 """
 
@@ -69,6 +72,7 @@ SEEDS = (1, 2, 3, 4, 5, 6, 7, 8)
 NUM_VALIDATION, NUM_TEST = 256, 256  # problems
 NUM_SAMPLES = 8  # completions per problem, in training and in the measurements
 REFERENCE = "opo"
+BASELINE_ARMS, BASELINE_RATES = ("opo", "opo_mean", "opo_uncertainty"), (3e-5, 1e-4)
 
 # One rollout batch is 16 problems with 8 completions each; an on-policy step accumulates over both halves of it.
 ON_POLICY = {"gradient_accumulation_steps": 2}
@@ -299,6 +303,19 @@ def summarize(sweeps: dict[str, Any], results: dict[Job, dict[str, Any]], rollou
     return arms
 
 
+def summarize_baselines(jobs: dict[str, list[Job]], results: dict[Job, dict[str, Any]]) -> dict[str, Any]:
+    """Per baseline at one rate: every metric over seeds, and its difference to OPO's, paired by seed."""
+    found: dict[str, Any] = {}
+    for arm, of_arm in jobs.items():
+        runs, reference = ([results[job]["metrics"] for job in those] for those in (of_arm, jobs[REFERENCE]))
+        found[arm] = {"over_seeds": {name: interval([run_[name] for run_ in runs]) for name in METRICS}}
+        if arm != REFERENCE:
+            found[arm]["difference_to_opo"] = {
+                name: interval([a[name] - b[name] for a, b in zip(runs, reference, strict=True)]) for name in METRICS
+            }
+    return found
+
+
 PERCENT = {"pass@1", "pass@8", "rep-5", "self-bleu", "truncated", "gradient_clipped", "ratio_clipped", "reward"}
 COLUMNS = {
     "reward": "training reward, last 20 (%)",
@@ -396,6 +413,13 @@ def main() -> None:
     jobs = [Job(arm, sweeps[arm]["best"], seed, "test", args.rollouts) for seed in SEEDS for arm in ARMS]
     results = complete(jobs, args.output_dir, args.processes)
     arms = summarize(sweeps, results, args.rollouts)
+    alone = {
+        rate: {arm: [Job(arm, rate, seed, "test", args.rollouts) for seed in SEEDS] for arm in BASELINE_ARMS}
+        for rate in BASELINE_RATES
+    }
+    every = [job for of_rate in alone.values() for of_arm in of_rate.values() for job in of_arm]
+    results |= complete(every, args.output_dir, args.processes)
+    baselines = {f"{rate:g}": summarize_baselines(of_rate, results) for rate, of_rate in alone.items()}
     report = {
         **provenance(),
         "commit": ", ".join(sorted({result["commit"] for result in results.values()})),  # of the runs
@@ -412,6 +436,7 @@ def main() -> None:
             "arms": {arm: settings for arm, (_, _, settings) in ARMS.items()},
         },
         "arms": arms,
+        "baselines_at_equal_rates": baselines,
     }
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / "opo_vs_grpo.json"

@@ -38,10 +38,10 @@ class PushingTrainer(ResumableTrainer):
         self.push_failures: list[str] = []
         super().__init__(model, reward_funcs, args, *rest, **kwargs)
 
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         """Take the repository that the constructor has claimed, on all ranks."""
         if self._hub_repository is None:  # push_to_hub() of a run that was not going to push
-            super().init_hf_repo(token, private)
+            super().init_hf_repo(*args, **kwargs)
         else:
             self.hub_model_id, self.push_in_progress = self._hub_repository, None
 
@@ -138,13 +138,13 @@ class PushingTrainer(ResumableTrainer):
 
     def end(self) -> None:
         """
-        End as [`~transformers.Trainer.end`] does.
+        Finish the trackers and leave the process group, as [`~transformers.Trainer.end`] of newer releases does.
 
         Raises:
             PushError: After everything is closed, on all ranks, if any push has failed.
         """
         if self.args.push_to_hub:
             self._wait_for_pushes()
-        super().end()
+        self.accelerator.end_training()
         if self.push_failures:
             raise PushError(self.push_failures)

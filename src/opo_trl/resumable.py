@@ -154,8 +154,8 @@ class ResumableTrainer(GRPOTrainer):
 
     def _saves_in_collectives(self) -> bool:
         """Whether ranks wait for each other inside of a save: sharded weights do, and the look for the best one."""
-        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled or self.is_distributed_loading_by_transformers
-        return sharded or bool(self.state.best_global_step)
+        by_transformers = getattr(self.model, "is_distributed_loading_by_transformers", False)  # loaded sharded
+        return self.is_deepspeed_enabled or self.is_fsdp_enabled or by_transformers or bool(self.state.best_global_step)
 
     def _on_main_process(self, change: Callable[[Path], None], checkpoint: Path) -> None:
         failure = None
