@@ -27,7 +27,7 @@ What is decided before anything runs:
 4. Intervals are Student's t over seeds; differences to `opo` are paired by seed. All arms are reported.
 
 Added when the arms' results were known, as a second look and not in place of the first: the three baselines of
-OPOTrainer at equal rates, `BASELINE_RATES`, with the same seeds and problems, since the rule had given them different ones.
+OPOTrainer at equal rates, `BASELINE_RATES`, with the same seeds and problems, since the rule gave them different ones.
 
 Each finished run is a file in `--output_dir`; results/opo_vs_grpo.json and .png are written when all are there.
 """
