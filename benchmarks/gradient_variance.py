@@ -55,6 +55,7 @@ from opo_trl.baselines import optimal_baseline, token_uncertainty
 from opo_trl.evaluation.sampling import tokenize_prompt
 from opo_trl.rewards import math_verify_reward
 from problems import fit_to_tokenizer, load_problems, parse_dataset
+from variance_report import page_tables, plot
 
 GROUP_SIZES = (2, 4, 8, 16)
 PARTITIONS = 64  # random partitions into groups of K; each gives an unbiased variance, their mean scatters less
@@ -316,17 +317,6 @@ def tiny_stages(directory: Path) -> dict[str, Path]:
     return {stage: directory / f"checkpoint-{step}" if step else TINY_POLICY for stage, step in STAGES.items()}
 
 
-def table(summary: dict[str, Any], size: str) -> str:
-    """One policy's table for one K, as Markdown."""
-    heads = ["variance over group mean's", "over exact's", "over group mean's at equal scale", "scale", "cosine"]
-    lines = [f"| baseline | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
-    for name, found in summary["group_sizes"][size].items():
-        parts = ("over_group_mean", "over_exact", "over_group_mean_at_equal_scale", "scale", "cosine")
-        cells = [f"{found[p]['value']:.3f} ({found[p]['low']:.3f} to {found[p]['high']:.3f})" for p in parts]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def compared(report: dict[str, Any], committed: dict[str, Any]) -> tuple[int, list[str]]:
     """How many estimates two reports share, and those whose intervals do not overlap."""
     count, apart = 0, []
@@ -344,53 +334,6 @@ def compared(report: dict[str, Any], committed: dict[str, Any]) -> tuple[int, li
 
     walk(report["policies"], committed["policies"], "")
     return count, apart
-
-
-COLORS = {
-    "group mean": "#4a8c3f", "leave-one-out": "#5b6770", "OPO": "#1f5c99", "length^0.5": "#8fb6dd",
-    "length^2": "#0c2f54", "logit norm": "#7a4f9e", "uncertainty": "#c79a2b", "exact": "#b3441e",
-}  # fmt: skip
-
-
-def plot(policies: dict[str, Any], completions: dict[str, Completions], path: Path) -> None:
-    """Variance over the optimum's for each K, and squared gradient norms against lengths."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(
-        2, len(policies), figsize=(4.6 * len(policies), 7), layout="constrained", squeeze=False, sharey="row"
-    )
-    for (upper, lower), (policy, summary) in zip(axes.T, policies.items(), strict=True):
-        sizes = [int(size) for size in summary["group_sizes"]]
-        for place, (name, color) in enumerate(COLORS.items()):
-            found = [summary["group_sizes"][str(size)][name]["over_optimum_at_equal_scale"] for size in sizes]
-            values = [each["value"] for each in found]
-            error = [[e["value"] - e["low"] for e in found], [e["high"] - e["value"] for e in found]]
-            x = [size * 1.03 ** (place - len(COLORS) / 2) for size in sizes]
-            upper.errorbar(x, values, error, marker="o", ms=3, lw=1.2, capsize=2, label=name, color=color)
-        upper.axhline(1, color="black", lw=0.8)
-        upper.set_xlabel("K, completions per prompt")
-        upper.set_yscale("log")
-        upper.set_xscale("log", base=2)
-        upper.xaxis.set_major_formatter("{x:g}")
-        upper.set_title(f"{policy}: variance over the optimum's, at equal scale", fontsize=9, loc="left")
-        every, generator = completions[policy], torch.Generator().manual_seed(0)
-        for label, mask, color in (("right", every.rewards == 1, "#1f5c99"), ("wrong", every.rewards != 1, "#b3441e")):
-            drawn = torch.randperm(int(mask.sum()), generator=generator)[:3000]
-            lengths = every.lengths[mask][drawn] + 0.7 * (torch.rand(len(drawn), generator=generator) - 0.5)
-            lower.scatter(lengths, every.squared_norms[mask][drawn], s=3, alpha=0.25, color=color, label=label, lw=0)
-        lower.set_xlabel("length (tokens)")
-        lower.set_yscale("log")
-        slope = summary["squared_norm_and"]["lengths"]["log_log_slope"]["value"]
-        lower.set_title(f"squared gradient norm by length, log-log slope {slope:.2f}", fontsize=9, loc="left")
-    axes[0][-1].legend(fontsize=7, ncol=2, loc="upper right")
-    axes[1][0].legend(fontsize=7, markerscale=4)
-    for axis in axes.flat:
-        axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def main() -> None:
@@ -416,9 +359,7 @@ def main() -> None:
         found = {policy: pool.submit(measure, policy, str(path), args) for policy, path in paths.items()}
         policies = {policy: future.result()[0] for policy, future in found.items()}
         completions = {policy: future.result()[1] for policy, future in found.items()}
-    for policy, summary in policies.items():
-        for size in summary["group_sizes"]:
-            print(f"\n{policy}, K = {size}\n\n{table(summary, size)}", flush=True)
+    print(*page_tables(policies).values(), sep="\n\n", flush=True)
     settings = {"dataset": args.dataset, "prompts": args.prompts, "samples": args.samples, "partitions": PARTITIONS}
     report = {**source, "settings": {**settings, "seed": args.seed}, "policies": policies}
     if args.check:

@@ -47,6 +47,12 @@ def hardware() -> str:
     return f"{names[0] if names else platform.machine()}, {os.cpu_count()} threads"
 
 
+def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table as the pages of docs have it."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def sample_records(
     model: Any,
     tokenizer: Any,

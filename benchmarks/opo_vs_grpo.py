@@ -59,6 +59,7 @@ from transformers.utils import logging
 from trl import GRPOConfig, GRPOTrainer
 
 from measuring import RESULTS, provenance, sample_records
+from opo_report import page_tables, plot
 from opo_trl import OPOConfig, OPOTrainer
 from opo_trl.evaluation import problem_metrics
 from opo_trl.rewards import math_verify_reward
@@ -93,14 +94,6 @@ ARMS: dict[str, tuple[type, type, dict[str, Any]]] = {
         },
     ),
     "opo_uncertainty": (OPOTrainer, OPOConfig, {**ON_POLICY, "baseline_weight": "uncertainty"}),
-}
-TITLES = {
-    "opo": "OPO",
-    "opo_mean": "OPO's loop, mean baseline",
-    "grpo": "GRPO, on-policy",
-    "grpo_no_std": "GRPO, on-policy, no std",
-    "grpo_off": "GRPO, off-policy",
-    "opo_uncertainty": "OPO, uncertainty",
 }
 METRICS = ("pass@1", "pass@8", "length", "entropy", "kl_plain", "kl_low_variance", "rep-5", "self-bleu", "truncated")
 TRAINING = ("grad_norm", "gradient_clipped", "ratio_clipped")
@@ -316,90 +309,6 @@ def summarize_baselines(jobs: dict[str, list[Job]], results: dict[Job, dict[str,
     return found
 
 
-PERCENT = {"pass@1", "pass@8", "rep-5", "self-bleu", "truncated", "gradient_clipped", "ratio_clipped", "reward"}
-COLUMNS = {
-    "reward": "training reward, last 20 (%)",
-    "pass@1": "pass@1 (%)",
-    "pass@8": "pass@8 (%)",
-    "length": "length",
-    "entropy": "entropy",
-    "kl_plain": "KL",
-    "rep-5": "Rep-5 (%)",
-    "self-bleu": "Self-BLEU (%)",
-    "grad_norm": "gradient norm",
-    "gradient_clipped": "norm clipped (%)",
-    "ratio_clipped": "ratio clipped (%)",
-}
-
-
-def table(arms: dict[str, Any], part: str) -> str:
-    """One part of the arms' results, `over_seeds` or `difference_to_opo`, as Markdown."""
-    lines = [f"| arm | learning rate | {' | '.join(COLUMNS.values())} |", "|---" * (len(COLUMNS) + 2) + "|"]
-    for arm, found in arms.items():
-        if part not in found:
-            continue
-        cells = []
-        for name in COLUMNS:
-            scale, each = (100 if name in PERCENT else 1), found[part][name]
-            digits = 1 if scale == 100 or name == "length" else 3
-            sign = "+" if part == "difference_to_opo" else ""
-            mean, low, high = (f"{scale * each[end]:{sign}.{digits}f}" for end in ("mean", "low", "high"))
-            outside = sign and (each["low"] > 0 or each["high"] < 0)
-            cells.append(f"{f'**{mean}**' if outside else mean} ({low} to {high})")
-        lines.append(f"| {TITLES[arm]} | {found['learning_rate']:g} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-COLORS = {
-    "opo": "#1f5c99",
-    "opo_mean": "#4a8c3f",
-    "grpo": "#b3441e",
-    "grpo_no_std": "#c79a2b",
-    "grpo_off": "#7a4f9e",
-    "opo_uncertainty": "#1aa0a0",
-}
-
-
-def plot(arms: dict[str, Any], path: Path) -> None:
-    """Training curves, the sweep, and the final metrics with their intervals."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(2, 4, figsize=(15, 6.2), layout="constrained")
-    for arm, found in arms.items():
-        for axis, name in zip(axes[0], ("reward", "length"), strict=False):
-            curve = torch.tensor(found["curves"][name])
-            smooth = curve.unfold(0, 10, 1).mean(dim=1)
-            axis.plot(range(5, 5 + len(smooth)), smooth, color=COLORS[arm], label=TITLES[arm], lw=1.4)
-        rates = [float(rate) for rate in found["sweep"]]
-        scores = [statistics.fmean(each) for each in found["sweep"].values()]
-        axes[0][2].plot(rates, scores, color=COLORS[arm], marker="o", ms=3, lw=1.2)
-        axes[0][2].plot(found["learning_rate"], max(scores), color=COLORS[arm], marker="*", ms=11)
-    axes[0][0].set_title("training reward (mean of 10 batches)", fontsize=10, loc="left")
-    axes[0][1].set_title("completion length in training (tokens)", fontsize=10, loc="left")
-    axes[0][2].set_title("validation pass@1 by learning rate", fontsize=10, loc="left")
-    axes[0][2].set_xscale("log")
-    for axis in axes[0][:2]:
-        axis.set_xlabel("rollout batch")
-    axes[0][0].legend(fontsize=7)
-    panels = ["pass@1", "pass@8", "length", "entropy", "kl_plain"]
-    for axis, name in zip([axes[0][3], *axes[1]], panels, strict=True):
-        for place, (arm, found) in enumerate(arms.items()):
-            each, scale = found["over_seeds"][name], (100 if name in PERCENT else 1)
-            error = [[scale * (each["mean"] - each["low"])], [scale * (each["high"] - each["mean"])]]
-            axis.errorbar(scale * each["mean"], -place, xerr=error, fmt="o", capsize=3, color=COLORS[arm])
-            seeds = [scale * value for value in found["each_seed"][name]]
-            axis.plot(seeds, [-place - 0.25] * len(seeds), "|", color=COLORS[arm], alpha=0.5)
-        axis.set_yticks([-i for i in range(len(arms))], [TITLES[arm] for arm in arms], fontsize=7)
-        axis.set_title(f"test {COLUMNS[name]}", fontsize=10, loc="left")
-    for axis in axes.flat:
-        axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rollouts", type=int, default=200, help="rollout batches per run")
@@ -442,7 +351,7 @@ def main() -> None:
     path = RESULTS / "opo_vs_grpo.json"
     path.write_text(json.dumps(report, indent=1) + "\n")
     plot(arms, path.with_suffix(".png"))
-    print(f"\n{table(arms, 'over_seeds')}\n\nDifference to OPO:\n\n{table(arms, 'difference_to_opo')}\n")
+    print(*page_tables(report).values(), sep="\n\n")
     print(f"written to {path}")
 
 

@@ -6,8 +6,10 @@ import re
 
 import pytest
 
+from opo_report import page_tables as opo_tables
 from pages import ROOT, page, tables, the_table
 from reporting import COLUMNS
+from variance_report import page_tables as variance_tables
 
 README = (ROOT / "README.md").read_text()
 
@@ -201,3 +203,30 @@ def test_what_the_quickstart_logs():
                 assert list(found.groups()) == [f"{first:.{digits[0]}f}", f"{last:.{digits[1]}f}"], metric
                 quoted += 1
     assert quoted == 8
+
+
+def test_the_variance():
+    measured = results("gradient_variance")["policies"]
+    text = page("variance")
+    for name, table in variance_tables(measured).items():
+        assert table in text, name
+    ratios = {
+        size: found["OPO"]["over_group_mean"]["value"] for size, found in measured["fresh"]["group_sizes"].items()
+    }
+    assert f"{min(ratios.values()):.1f} to {max(ratios.values()):.1f} times as much as the plain mean's" in text
+    readme = " ".join(README.split())
+    uncertainty = measured["trained"]["group_sizes"]["8"]["uncertainty"]["over_group_mean"]["value"]
+    assert f"{ratios['8']:.1f} times the plain mean's" in readme
+    assert f"{uncertainty:.1f} times" in readme
+
+
+def test_opo_against_grpo():
+    measured = results("opo_vs_grpo")
+    text = page("opo_vs_grpo")
+    for name, table in opo_tables(measured).items():
+        assert table in text, name
+    readme = the_table(README, "arm, pass@1 (%)")
+    by_arm = {found["over_seeds"]["pass@1"]["mean"]: found for found in measured["arms"].values()}
+    assert len(by_arm) == len(readme[0]) - 1
+    for cell, found in zip(readme[0][1:], measured["arms"].values(), strict=True):
+        assert cell == interval(found["over_seeds"]["pass@1"], 100, 1)
