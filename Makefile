@@ -9,6 +9,7 @@
 #   make build     wheel and sdist, in dist/
 #   make test-build   install the wheel in a clean environment, and run README's Python there
 #   make benchmark the update and the reward against TRL's, about 27 minutes
+#   make experiments  gradient variance, and OPO against GRPO: about an hour on two cores
 #   make engines-table how far each engine ends from one process, 2 minutes
 #   make docs      the documentation as a site, in site/index.html
 #   make check     ruff and mypy
@@ -27,7 +28,7 @@ TRL ?= newest-trl
 
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: train test test-slow test-vllm test-lowest test-trl build test-build benchmark engines-table docs \
+.PHONY: train test test-slow test-vllm test-lowest test-trl build test-build benchmark experiments engines-table docs \
 	check format setup clean
 
 train: $(READY)
@@ -102,6 +103,10 @@ $(VLLM_READY): pyproject.toml requirements-vllm.txt
 	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --requirement requirements-vllm.txt
 	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@
+
+experiments: $(READY)
+	$(BIN)/python benchmarks/gradient_variance.py
+	$(BIN)/python benchmarks/opo_vs_grpo.py
 
 engines-table: $(ENGINES_READY)
 	$(BIN)/python benchmarks/engine_equality.py

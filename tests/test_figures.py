@@ -225,8 +225,6 @@ def test_opo_against_grpo():
     text = page("opo_vs_grpo")
     for name, table in opo_tables(measured).items():
         assert table in text, name
-    readme = the_table(README, "arm, pass@1 (%)")
-    by_arm = {found["over_seeds"]["pass@1"]["mean"]: found for found in measured["arms"].values()}
-    assert len(by_arm) == len(readme[0]) - 1
+    readme = the_table(README, "arm")
     for cell, found in zip(readme[0][1:], measured["arms"].values(), strict=True):
         assert cell == interval(found["over_seeds"]["pass@1"], 100, 1)
