@@ -20,8 +20,8 @@ _METHOD = """\
 ### Method
 
 OPO, On-Policy RL with Optimal reward baseline ([Hao et al. 2025](https://arxiv.org/abs/2505.23585)): every rollout
-batch gives exactly one optimizer step, and the advantage of a completion is its reward minus the length-weighted mean
-reward of its prompt's completions. No clipping, no KL term, no entropy bonus.
+batch gives exactly one optimizer step, and the advantage of a completion is its reward minus the weighted mean reward
+of its prompt's completions; the paper weighs by length. No clipping, no KL term, no entropy bonus.
 """
 
 # Metric in the trainer's log -> what the card calls it.
@@ -119,7 +119,7 @@ def configuration_of(args: Any, state: TrainerState) -> dict[str, Any]:
         "optimizer": OptimizerNames(args.optim).value,
         "gradient clipping": args.max_grad_norm or "none",
         "loss normaliser": f"`{args.loss_type}`",
-        "power of the length in the baseline": args.length_exponent,
+        "weight in the baseline": f"{args.baseline_weight}, to the power of {args.length_exponent:g}",
         "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
         "processes": args.world_size,
         "seed": args.seed,
