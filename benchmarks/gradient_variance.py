@@ -1,7 +1,7 @@
 """
 How much gradient variance a baseline saves, and what bias it costs, on a policy's own samples.
 
-    python benchmarks/gradient_variance.py           # the tiny policy at three stages, some minutes on two cores
+    python benchmarks/gradient_variance.py           # the tiny policy at three stages; 9 minutes of CPU time
     python benchmarks/gradient_variance.py --models NAME_OR_DIR --dataset openai/gsm8k:train:main --output FILE.json
 
 For each of `--prompts` problems, `--samples` completions are drawn, judged, and the gradient g_i of each one's
