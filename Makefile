@@ -63,7 +63,7 @@ test-build: build
 	$(BUILD_VENV)/bin/python -m pip install --quiet --constraint constraints.txt dist/*.whl
 	$(BUILD_VENV)/bin/python -m pip install --quiet --constraint constraints.txt markdown-it-py
 	$(BUILD_VENV)/bin/python -Wignore tests/code_blocks.py README.md
-	$(BUILD_VENV)/bin/python -m pip install --quiet --constraint constraints.txt "$$(echo dist/*.whl)[dev,plot]"
+	$(BUILD_VENV)/bin/python -m pip install --quiet --constraint constraints.txt "$$(echo dist/*.whl)[dev,plot,wandb]"
 	$(BUILD_VENV)/bin/python tests/check_distributions.py dist
 
 # Not with --quiet: mkdocs then does not count its warnings, and is not strict.
