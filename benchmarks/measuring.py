@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 import torch
 from datasets import Dataset
 
-from judging import judge
-from opo_trl.evaluation import Record, sequence_kl
+from judging import judge, shift
+from opo_trl.evaluation import Record
 from opo_trl.evaluation.sampling import TransformersSampler, record_seed, tokenize_prompt
 from opo_trl.evaluation.scoring import score_completions
 
@@ -95,15 +95,8 @@ def sample_records(
         completions = sampler.sample(prompts, [record_seed(seed, row["id"], sample) for row, sample in batch])
         records += judge(batch, completions)
         if base is not None:
-            _add_shift(records[start:], prompts, model, base)
+            token_ids = [completion.token_ids for completion in completions]
+            scored = (score_completions(scorer, prompts, token_ids) for scorer in (model, base))
+            for record, own, other in zip(records[start:], *scored, strict=True):
+                record.update(shift(own, other))
     return records
-
-
-def _add_shift(records: Sequence[Record], prompts: list[list[int]], model: Any, base: Any) -> None:
-    """Add to each record its entropy and its KL to the starting policy, summed over tokens."""
-    completions = [record["token_ids"] for record in records]
-    scored = (score_completions(scorer, prompts, completions) for scorer in (model, base))
-    for record, own, other in zip(records, *scored, strict=True):
-        record["entropy"] = sum(own.entropies)
-        record["kl_plain"] = sequence_kl(own.logps, other.logps, "plain")
-        record["kl_low_variance"] = sequence_kl(own.logps, other.logps, "low_variance")

@@ -255,6 +255,11 @@ def interval(values: Sequence[float]) -> dict[str, float]:
     return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
+def paired_interval(values: Sequence[float], reference: Sequence[float]) -> dict[str, float]:
+    """Mean difference, seed by seed, with its interval."""
+    return interval([a - b for a, b in zip(values, reference, strict=True)])
+
+
 def mean_curve(curves: Sequence[Sequence[float]]) -> list[float]:
     """Mean over seeds at each rollout batch."""
     return [round(statistics.fmean(points), 4) for points in zip(*curves, strict=True)]
@@ -279,19 +284,12 @@ def summarize(sweeps: dict[str, Any], results: dict[Job, dict[str, Any]], rollou
             "sweep": sweep["tried"],
             "over_seeds": {name: interval(each) for name, each in values[arm].items()},
             "each_seed": values[arm],
-            "curves": {
-                name: [
-                    round(statistics.fmean(points), 4)
-                    for points in zip(*(r["curves"][name] for r in runs), strict=True)
-                ]
-                for name in ("reward", "length")
-            },
+            "curves": {name: mean_curve([run_["curves"][name] for run_ in runs]) for name in ("reward", "length")},
         }
     for arm, found in values.items():
         if arm != REFERENCE:
             arms[arm]["difference_to_opo"] = {
-                name: interval([a - b for a, b in zip(each, values[REFERENCE][name], strict=True)])
-                for name, each in found.items()
+                name: paired_interval(each, values[REFERENCE][name]) for name, each in found.items()
             }
     return arms
 
@@ -300,12 +298,13 @@ def summarize_baselines(jobs: dict[str, list[Job]], results: dict[Job, dict[str,
     """Per baseline at one rate: every metric over seeds, and its difference to OPO's, paired by seed."""
     found: dict[str, Any] = {}
     for arm, of_arm in jobs.items():
-        runs, reference = ([results[job]["metrics"] for job in those] for those in (of_arm, jobs[REFERENCE]))
-        found[arm] = {"over_seeds": {name: interval([run_[name] for run_ in runs]) for name in METRICS}}
+        values, reference = (
+            {name: [results[job]["metrics"][name] for job in those] for name in METRICS}
+            for those in (of_arm, jobs[REFERENCE])
+        )
+        found[arm] = {"over_seeds": {name: interval(values[name]) for name in METRICS}}
         if arm != REFERENCE:
-            found[arm]["difference_to_opo"] = {
-                name: interval([a[name] - b[name] for a, b in zip(runs, reference, strict=True)]) for name in METRICS
-            }
+            found[arm]["difference_to_opo"] = {name: paired_interval(values[name], reference[name]) for name in METRICS}
     return found
 
 

@@ -43,9 +43,9 @@ from transformers.utils import logging as transformers_logging
 from trl import TrlParser
 
 from evaluation_report import Metrics, write_report
-from judging import judge
+from judging import judge, shift
 from opo_trl.data import INSTRUCTION
-from opo_trl.evaluation import Record, average, problem_metrics, sequence_kl
+from opo_trl.evaluation import Record, average, problem_metrics
 from opo_trl.evaluation.records_file import append_records, merge_parts, part_path, read_parts, read_records
 from opo_trl.evaluation.sampling import TransformersSampler, record_seed, tokenize_prompt
 from opo_trl.evaluation.scoring import score_completions
@@ -266,9 +266,7 @@ def score_task(
             {
                 "problem": ids[number],
                 "sample": sample,
-                "entropy": sum(scores.entropies),
-                "kl_plain": sequence_kl(scores.logps, other.logps, "plain"),
-                "kl_low_variance": sequence_kl(scores.logps, other.logps, "low_variance"),
+                **shift(scores, other),
             }
             for (number, sample), scores, other in zip(unit, own, others, strict=True)
         ]

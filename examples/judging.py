@@ -3,8 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from opo_trl.evaluation import Record
+from opo_trl.evaluation import Record, sequence_kl
 from opo_trl.evaluation.sampling import Completion
+from opo_trl.evaluation.scoring import TokenScores
 from opo_trl.rewards import math_verify_reward
 
 
@@ -43,3 +44,12 @@ def judge(samples: Sequence[tuple[Mapping[str, Any], int]], completions: Sequenc
             samples, completions, noted["answer"], rewards, strict=True
         )
     ]
+
+
+def shift(policy: TokenScores, base: TokenScores) -> dict[str, float]:
+    """What a record holds of a completion's entropy and of its KL to the base model, summed over tokens."""
+    return {
+        "entropy": sum(policy.entropies),
+        "kl_plain": sequence_kl(policy.logps, base.logps, "plain"),
+        "kl_low_variance": sequence_kl(policy.logps, base.logps, "low_variance"),
+    }

@@ -154,6 +154,11 @@ def run_refused(case: str, folder: Path) -> None:
         os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = "3"  # what accelerate passes on of its configuration
         trainer = scripted_trainer(folder, per_device_train_batch_size=4, gradient_accumulation_steps=2, **ENGINE)
         del os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"]
+    leave_refusal(trainer, folder)
+
+
+def leave_refusal(trainer: OPOTrainer, folder: Path) -> None:
+    """Train, and leave each rank's message."""
     try:
         trainer.train()
         message = "trained"
@@ -214,12 +219,7 @@ def run_bad_number(case: str, folder: Path) -> None:
         return loss
 
     trainer._compute_loss = go_bad
-    try:
-        trainer.train()
-        message = "trained"
-    except ValueError as error:
-        message = str(error)
-    (folder / f"message.{trainer.accelerator.process_index}").write_text(message)
+    leave_refusal(trainer, folder)
 
 
 def run_out_of_space(case: str, folder: Path) -> None:
