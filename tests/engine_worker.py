@@ -29,6 +29,7 @@ from engines import (
     EVALUATIONS,
     PROCESSES,
     ROOT,
+    STOPPED,
     evaluating_trainer,
     logged_steps,
     train,
@@ -39,7 +40,7 @@ from opo_trl import OPOTrainer
 from opo_trl.rewards import math_verify_reward
 from problems import load_problems
 from test_resume import lora_model, sampling_trainer
-from tiny import scripted_dataset, scripted_reward, scripted_trainer, tiny_config, tiny_model
+from tiny import scripted_dataset, scripted_reward, scripted_rollout, scripted_trainer, tiny_config, tiny_model
 
 USES_DEEPSPEED = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
 # accelerate passes DeepSpeed over where `use_cpu` is set, and sees one process where no backend is named;
@@ -143,6 +144,79 @@ def run_evaluation(case: str, folder: Path) -> None:
         (folder / "metrics.json").write_text(json.dumps(metrics))
 
 
+def fail_on_one_rank():
+    if distributed.get_rank() == 1:
+        raise OverflowError("rank 1 only")
+
+
+def fails_on_one_rank(completions, score, **kwargs):
+    fail_on_one_rank()
+    return score
+
+
+async def fails_later_on_one_rank(completions, score, **kwargs):
+    return fails_on_one_rank(completions, score)
+
+
+def rollout_that_fails_on_one_rank(prompts, trainer):
+    fail_on_one_rank()
+    return scripted_rollout(prompts, trainer)
+
+
+class StopOnOneRank(TrainerCallback):
+    """The second rank stops its epoch in the middle of the second step, or training at the end of the first."""
+
+    def __init__(self, case):
+        self.case = case
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        if distributed.get_rank() == 1 and state.global_step == 1 and self.case == "epoch stopped":
+            control.should_epoch_stop = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if distributed.get_rank() == 1 and self.case == "training stopped":
+            control.should_training_stop = True
+
+
+class HalfABatchOnOneRank(OPOTrainer):
+    def _generate_and_score_completions(self, inputs):
+        return super()._generate_and_score_completions(inputs[: len(inputs) // (1 + distributed.get_rank())])
+
+
+def run_stopped(case: str, folder: Path) -> None:
+    """One rank alone fails, or leaves the common path: leave each rank's message."""
+    rewards = {"reward fails": fails_on_one_rank, "async reward fails": fails_later_on_one_rank}
+    trainer = scripted_trainer(
+        folder,
+        rollout=rollout_that_fails_on_one_rank if case == "rollout fails" else scripted_rollout,
+        reward_funcs=[scripted_reward, rewards.get(case, scripted_reward)],
+        callbacks=[StopOnOneRank(case)],
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        num_train_epochs=2,
+        max_steps=-1,
+        learning_rate=1e-3,
+        **ENGINE,
+    )
+    if case == "half a batch":
+        trainer.__class__ = HalfABatchOnOneRank
+    leave_refusal(trainer, folder)
+
+
+def run_streamed_evaluation(folder: Path) -> None:
+    """A streamed evaluation set on two ranks has no length: leave the metrics."""
+    trainer = scripted_trainer(
+        folder,
+        eval_dataset=scripted_dataset(4).to_iterable_dataset(),
+        per_device_eval_batch_size=8,
+        pass_at_k_reward="scripted_reward",
+        **ENGINE,
+    )
+    metrics = trainer.evaluate()
+    if trainer.accelerator.is_main_process:
+        (folder / "metrics.json").write_text(json.dumps(metrics))
+
+
 def run_refused(case: str, folder: Path) -> None:
     """Training that must not begin, or must end on all ranks alike: leave each rank's message."""
     if case == "infinite on one rank":
@@ -162,7 +236,7 @@ def leave_refusal(trainer: OPOTrainer, folder: Path) -> None:
     try:
         trainer.train()
         message = "trained"
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         message = str(error)
     (folder / f"message.{trainer.accelerator.process_index}").write_text(message)
 
@@ -288,6 +362,10 @@ def main() -> None:
             run_math_reward(folder)
         elif case.startswith("preempted"):
             run_preempted(case, folder)
+        elif case in STOPPED:
+            run_stopped(case, folder)
+        elif case == "streamed evaluation":
+            run_streamed_evaluation(folder)
         elif case in BAD_NUMBERS:
             run_bad_number(case, folder)
         elif case.startswith("full disk"):

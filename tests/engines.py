@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from opo_trl import OPOTrainer
 from opo_trl.checkpoints import newest_whole
-from tiny import relative_error, scripted_dataset, scripted_trainer, tiny_model
+from tiny import relative_error, rollout_with_empty_completions, scripted_dataset, scripted_trainer, tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKER = Path(__file__).with_name("engine_worker.py")
@@ -41,6 +41,7 @@ CASES: dict[str, dict[str, Any]] = {
     "full, evaluated first": {**STEPS, "per_device_eval_batch_size": 12, "evaluate_first": True},
     "full, AdamW": {**STEPS, **ADAMW},
     "full, uncertainty": {**STEPS, "baseline_weight": "uncertainty"},
+    "full, empty completions": {**STEPS, "rollout": rollout_with_empty_completions},
     "LoRA": {**STEPS, "lora": LORA},
     "LoRA, checkpointing": {**STEPS, "lora": LORA, "gradient_checkpointing": True},
     "LoRA, AdamW": {**STEPS, **ADAMW, "lora": LORA},
@@ -58,6 +59,18 @@ CASES: dict[str, dict[str, Any]] = {
 
 # Evaluations of so many problems with so many completions each, in global batches of so many rows.
 EVALUATIONS = {"incomplete last batch": (4, 4, 12), "groups on two ranks": (5, 2, 6), "fewer than a batch": (1, 4, 24)}
+
+# What must end both ranks with one message, though one of them alone is the cause.
+STOPPED = {
+    "reward fails": "The reward function 'fails_on_one_rank' failed on rank 1: OverflowError: rank 1 only",
+    "async reward fails": "The reward function 'fails_later_on_one_rank' failed on rank 1: OverflowError: rank 1 only",
+    "rollout fails": "The rollout function failed on rank 1: OverflowError: rank 1 only",
+    "epoch stopped": "must step after the last of a rollout batch's 2 micro-batches, on all ranks alike: rank 0 trains "
+    "micro-batch 2 and steps; rank 1 begins an epoch after micro-batch 1",
+    "training stopped": "alike: rank 0 begins an epoch after micro-batch 0; rank 1 stops after micro-batch 0",
+    "half a batch": "Each rank must get per_device_train_batch_size * gradient_accumulation_steps = 8 prompts for a "
+    "rollout batch, got [8, 4] on the 2 rank(s)",
+}
 
 # What one rank's loss becomes, its gradient staying finite; and the other way round.
 BAD_NUMBERS = {"infinite loss": float("inf"), "NaN loss": float("nan"), "NaN gradient": None}

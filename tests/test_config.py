@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import yaml
+from transformers.trainer_pt_utils import AcceleratorConfig
 from trl import GRPOConfig, ModelConfig, ScriptArguments, TrlParser
 
 from opo_trl import OPOConfig
@@ -77,6 +78,34 @@ def test_contradictions_are_refused_by_name(field, refused, accepted):
     given = {True: "group"}.get(refused, refused) if field == "scale_rewards" else refused
     assert repr(given) in str(error.value)
     config(**{field: accepted})
+
+
+@pytest.mark.parametrize("name", ["lomo", "adalomo", "galore_adamw_layerwise", "apollo_adamw_layerwise"])
+def test_an_optimizer_that_steps_in_the_backward_pass_is_refused(name):
+    with pytest.raises(ValueError, match=f"`optim` must not update .* once per micro-batch, got '{name}'"):
+        config(optim=name)
+    config(optim="galore_adamw")
+
+
+@pytest.mark.parametrize("given", [{"split_batches": True}, AcceleratorConfig(split_batches=True)])
+def test_splitting_batches_over_ranks_is_refused(given):
+    with pytest.raises(ValueError, match="`accelerator_config` must have `split_batches=False`, got True"):
+        config(accelerator_config=given)
+    config(accelerator_config={"split_batches": False})
+
+
+@pytest.mark.parametrize("field", ["top_p", "top_k", "repetition_penalty"])
+def test_vllm_is_given_every_sampling_setting(field):
+    """A server fills what is missing from the model's generation config; transformers' is judged when it is merged."""
+    with pytest.raises(ValueError, match=f"with `use_vllm=True`, `{field}` must be .*, got None"):
+        config(use_vllm=True, **{field: None})
+    config(use_vllm=True, min_p=None)  # TRL passes 0
+    config(**{field: None})
+
+
+def test_ligers_layer_kernels_are_accepted():
+    """They compute the same layers, for the sampler and for the update alike."""
+    assert config(use_liger_kernel=True).use_liger_kernel
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,10 @@ When TRL moves, the test that fails names the seam: read the parent's new code t
 else in the package may touch these names (`test_only_the_trainers_touch_trls_insides`).
 """
 
+import ast
 import inspect
 import re
+import textwrap
 from collections import deque
 from pathlib import Path
 
@@ -89,6 +91,21 @@ def test_prepare_inputs_keeps_extra_entries_of_the_batch(tmp_path):
     trainer.train()
     assert len(seen) == 4
     assert len(set(seen)) == 1
+
+
+def test_generation_of_one_turn_and_of_tools(tmp_path):
+    """The first returns completions first, the second third; and a run's state that outlives an exception."""
+    returned = ast.parse(textwrap.dedent(inspect.getsource(GRPOTrainer._generate_single_turn))).body[0].body[-1]
+    assert ast.unparse(returned) == "return (completion_ids, logprobs)"
+    returned = ast.parse(textwrap.dedent(inspect.getsource(GRPOTrainer._tool_call_loop))).body[0].body[-1]
+    assert ast.unparse(returned).startswith("return (tool_mask, completions, completion_ids, ")
+    trainer = scripted_trainer(tmp_path)
+    assert trainer._tokenizer.pad_token_id == 0
+    assert (trainer._step, trainer._buffered_inputs) == (0, None)
+    assert trainer._pending_metrics == trainer._pending_extra_logs == {}
+    trainer.train()
+    assert trainer._step == 1
+    assert trainer._tr_loss.shape == ()
 
 
 def test_compute_loss():

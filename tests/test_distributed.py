@@ -9,6 +9,7 @@ from engines import (
     BAD_NUMBERS,
     CASES,
     EVALUATIONS,
+    STOPPED,
     check_bad_number,
     evaluating_trainer,
     relative_difference,
@@ -18,7 +19,8 @@ from engines import (
 from opo_trl.checkpoints import newest_whole, what_is_missing
 from tiny import SCRIPT
 
-QUICK = ["full", "full, evaluated first", "full, uncertainty", "LoRA", "one micro-batch", "dr_grpo", "idle rank"]
+QUICK = ["full", "full, evaluated first", "full, uncertainty", "full, empty completions"]
+QUICK += ["LoRA", "one micro-batch", "dr_grpo", "idle rank"]
 PREEMPTED = ["preempted", "preempted, LoRA"]
 FULL_DISK = "full disk on rank 1"
 
@@ -27,7 +29,8 @@ FULL_DISK = "full disk on rank 1"
 def runs(tmp_path_factory):
     """All cases in one pair of processes: their start costs more than the training. Returns outcomes and folder."""
     directory = tmp_path_factory.mktemp("ddp")
-    cases = [*QUICK, *EVALUATIONS, *BAD_NUMBERS, *PREEMPTED, "infinite on one rank", "math reward", FULL_DISK]
+    cases = [*QUICK, *EVALUATIONS, *STOPPED, *BAD_NUMBERS, *PREEMPTED]
+    cases += ["infinite on one rank", "math reward", "streamed evaluation", FULL_DISK]
     return two_processes("ddp", cases, directory), directory
 
 
@@ -41,6 +44,20 @@ def test_two_processes_equal_one(runs, tmp_path, case):
         same = {name for name in one_log if name.startswith("opo/")} | {"reward", "entropy", "grad_norm"}
         for name in same - {"opo/padding_fraction"}:  # two ranks cut other micro-batches than one
             assert two_log[name] == pytest.approx(one_log[name], rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.parametrize("case", STOPPED)
+def test_what_goes_wrong_on_one_rank_is_raised_on_both_with_one_message(runs, case):
+    """Without agreement the other rank waits in a collective: the processes' time limit is this test's."""
+    messages = [(runs[1] / case / f"message.{rank}").read_text() for rank in (0, 1)]
+    assert messages[0] == messages[1]
+    assert STOPPED[case] in messages[0]
+
+
+def test_a_streamed_evaluation_set_has_no_pass_at_k_and_evaluates(runs):
+    metrics = json.loads((runs[1] / "streamed evaluation" / "metrics.json").read_text())
+    assert "eval_reward" in metrics
+    assert not any("pass@" in name for name in metrics)
 
 
 def test_an_infinite_reward_on_one_rank_stops_both_with_the_same_message(runs):

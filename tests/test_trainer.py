@@ -9,17 +9,21 @@ import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, FalconConfig, GPT2Config, MixtralConfig, OPTConfig
 from trl import GRPOConfig, GRPOTrainer
 
 from opo_trl import OPOConfig, OPOTrainer
+from opo_trl.preflight import check_continuous_batching, check_data_parallel
 from test_baselines import oracle_baseline
 from tiny import (
     CHAT_TEMPLATE,
+    EMPTY,
     GROUP_SIZE,
     SCRIPT,
     VOCABULARY,
     relative_error,
+    rollout_with_empty_completions,
     scripted_dataset,
     scripted_reward,
     scripted_rollout,
@@ -325,6 +329,33 @@ def test_nothing_trainable_changes_nothing(tmp_path):
     assert log["opo/informative_fraction"] == 0.0
 
 
+def groups_with_empty_completions():
+    """The script's groups, with one padding token, not trained, in each completion that is empty."""
+    script = {p: [("" if t in EMPTY else t, r) for t, r in rows] for p, rows in SCRIPT.items()}
+    groups = scripted_groups(script)
+    return [[(p, c, [0], r) if len(c) == 1 else (p, c, t, r) for p, c, t, r in group] for group in groups]
+
+
+def test_a_completion_of_zero_tokens_has_no_weight(tmp_path):
+    """TRL 1.16 raises an IndexError on the rank that has it. On two ranks: test_distributed.py."""
+    trainer = scripted_trainer(tmp_path, rollout=rollout_with_empty_completions, **WHOLE_SCRIPT)
+    assert relative_error(update_of(trainer), reinforce_update(tiny_model(), groups_with_empty_completions())) < 1e-5
+
+
+def test_a_generation_backend_may_return_a_completion_of_zero_tokens(tmp_path, monkeypatch):
+    def backend(trainer, prompt_ids, images, multimodal_fields, num_generations):
+        prompts = [trainer.processing_class.decode(ids) for ids in prompt_ids]
+        return rollout_with_empty_completions(prompts, trainer)["completion_ids"], None
+
+    def reward(prompts, completions, **kwargs):
+        scores = {(p, t): r for p, rows in SCRIPT.items() for t, r in rows}
+        return [scores.get((p, t), 0.0) for p, t in zip(prompts, completions, strict=True)]
+
+    monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", backend)
+    trainer = scripted_trainer(tmp_path, rollout=None, reward_funcs=reward, **WHOLE_SCRIPT)
+    assert relative_error(update_of(trainer), reinforce_update(tiny_model(), groups_with_empty_completions())) < 1e-5
+
+
 @pytest.mark.parametrize("unscorable", [None, math.nan])
 def test_unscorable_completions_are_left_out_and_counted(tmp_path, unscorable):
     script = {p: [(text, None if i == 1 else r) for i, (text, r) in enumerate(c)] for p, c in SCRIPT.items()}
@@ -479,6 +510,51 @@ def test_no_args_builds_an_opo_config(tmp_path, monkeypatch, chat_model_dir):
     trainer = OPOTrainer(str(chat_model_dir), scripted_reward, train_dataset=Dataset.from_list(rows))
     assert type(trainer.args) is OPOConfig
     assert trainer.args.output_dir == f"{chat_model_dir.name}-OPO"
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, lambda model: get_peft_model(model, LoraConfig(r=2))])
+def test_a_model_objects_tokenizer_is_loaded_from_where_the_model_was(tmp_path, chat_model_dir, wrap):
+    model = wrap(AutoModelForCausalLM.from_pretrained(chat_model_dir))
+    trainer = OPOTrainer(model, scripted_reward, tiny_config(tmp_path), scripted_dataset())
+    assert trainer.processing_class.chat_template == CHAT_TEMPLATE
+    assert trainer.processing_class.padding_side == "left"
+
+
+def test_a_model_object_of_unknown_origin_needs_its_tokenizer(tmp_path):
+    with pytest.raises(ValueError, match=r"`processing_class` must be given .* got a LlamaForCausalLM"):
+        OPOTrainer(tiny_model(), scripted_reward, tiny_config(tmp_path), scripted_dataset())
+
+
+def test_correcting_a_rollout_function_that_is_not_there_is_refused(tmp_path):
+    args = tiny_config(tmp_path, rollout_importance_sampling_correction=True)
+    with pytest.raises(ValueError, match="got no `rollout_func`"):
+        OPOTrainer("no such model", scripted_reward, args, scripted_dataset())
+
+
+def test_continuous_batching_that_would_round_the_weights_is_refused_before_the_model_loads(tmp_path):
+    """At a learning rate of 1e-6 the weights would move by exactly 0."""
+    args = tiny_config(tmp_path, use_transformers_continuous_batching=True)
+    args.bf16 = True
+    with pytest.raises(ValueError, match=r"casts the trained weights to bf16 .*, got weights in float32"):
+        OPOTrainer("no such model", scripted_reward, args, scripted_dataset())
+    with pytest.raises(ValueError, match=r"casts the trained weights to bf16 .*, got weights in float32"):
+        OPOTrainer(tiny_model(), scripted_reward, args, scripted_dataset(), processing_class=tiny_tokenizer())
+    check_continuous_batching(args, tiny_model().to(torch.bfloat16))
+    args.bf16 = False
+    check_continuous_batching(args, tiny_model())
+
+
+@pytest.mark.parametrize(("sizes", "kind"), [((2, 1, 1), "tensor"), ((1, 2, 1), "context"), ((1, 1, 2), "sequence")])
+def test_parallelism_whose_ranks_share_rows_is_refused(sizes, kind):
+    with pytest.raises(ValueError, match=f"{kind} parallelism, whose ranks share rows, must have size 1, got 2"):
+        check_data_parallel(*sizes)
+    check_data_parallel(1, 1, 1)
+
+
+def test_a_model_sharded_by_tensor_parallelism_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(OPOTrainer, "get_tp_size", lambda trainer: 2)
+    with pytest.raises(ValueError, match="tensor parallelism"):
+        scripted_trainer(tmp_path)
 
 
 def test_another_config_class_is_refused_before_a_model_loads(tmp_path):

@@ -1,6 +1,7 @@
 """The update is TRL's gradient in fewer tokens: what is left out, what is regrouped, and the correction it carries."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -101,22 +102,32 @@ def test_several_steps_each_get_their_own_plan(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("extra", "setting"),
-    [({"pixel_values": torch.zeros(1)}, {}), ({}, {"torch_compile": True}), ({"something_new": torch.zeros(8)}, {})],
+    ("extra", "setting", "reason"),
+    [
+        ({"pixel_values": torch.zeros(1)}, {}, r"\['pixel_values'\], which cannot be cut row by row"),
+        ({}, {"torch_compile": True}, "a compiled model needs fixed shapes"),
+        ({"something_new": torch.zeros(8)}, {}, r"\['something_new'\]"),
+    ],
 )
-def test_what_is_not_understood_keeps_the_parents_plan(tmp_path, extra, setting):
+def test_what_is_not_understood_keeps_the_parents_plan(tmp_path, extra, setting, reason):
     trainer = scripted_trainer(tmp_path)
     batch = {name: torch.zeros(8, 3) for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")}
-    assert trainer._can_regroup(batch)
+    assert trainer._why_not_regrouped(batch) is None
     for name, value in setting.items():
         setattr(trainer.args, name, value)
-    assert not trainer._can_regroup({**batch, **extra})
+    assert re.search(reason, trainer._why_not_regrouped({**batch, **extra}))
 
 
-def test_a_router_keeps_the_parents_plan(tmp_path):
-    trainer = scripted_trainer(tmp_path)
-    trainer.aux_loss_enabled = True
-    assert not trainer._can_regroup({"advantages": torch.zeros(8)})
+def test_a_router_keeps_the_parents_plan_and_the_reason_is_logged_once(tmp_path, caplog):
+    trainer = scripted_trainer(tmp_path, max_steps=3)
+    trainer._why_not_regrouped = lambda batch: "a router"
+    shapes = record_forwards(trainer.model)
+    trainer.train()
+    assert all(rows == 8 for rows, _ in shapes), "no row is left out"
+    assert caplog.text.count("The update keeps TRL's micro-batches, which is slower and has the same gradient") == 1
+    router = scripted_trainer(tmp_path)
+    router.aux_loss_enabled = True
+    assert "auxiliary loss" in router._why_not_regrouped({"advantages": torch.zeros(8)})
 
 
 # The correction of a sampler whose numerics differ from the trained model's.

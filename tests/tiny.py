@@ -83,6 +83,18 @@ def scripted_rollout(prompts: list[str], trainer: Any) -> dict[str, Any]:
     }
 
 
+EMPTY = {"x", "ccc", "01"}  # completions that `rollout_with_empty_completions` leaves without a token
+
+
+def rollout_with_empty_completions(prompts: list[str], trainer: Any) -> dict[str, Any]:
+    """The script, with some completions of zero tokens: a backend may return those."""
+    output = scripted_rollout(prompts, trainer)
+    empty = [trainer.processing_class.decode(ids[:-1]) in EMPTY for ids in output["completion_ids"]]
+    for name in ("completion_ids", "logprobs"):
+        output[name] = [[] if none else row for none, row in zip(empty, output[name], strict=True)]
+    return output
+
+
 def scripted_reward(completions: list[Any], score: list[float | None], **kwargs: Any) -> list[float | None]:
     return score
 

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from transformers.training_args import OptimizerNames
 from trl import GRPOConfig
 
 from .sampler import NEUTRAL_VALUES, law_changes
@@ -182,6 +183,7 @@ class OPOConfig(GRPOConfig):
                     f"use TRL's GRPOTrainer if you need it."
                 )
         self._check_one_step_per_rollout_batch()
+        self._check_optimizer()
         self._check_generation_kwargs()
         if not self.temperature > 0:
             raise ValueError(
@@ -220,7 +222,22 @@ class OPOConfig(GRPOConfig):
             "contract": {name: getattr(self, name) for name in (*(rule.field for rule in _CONTRACT), *judged_apart)},
         }
 
+    def _check_optimizer(self) -> None:
+        """Refuse optimizers that update the weights in the backward pass of every micro-batch."""
+        name = OptimizerNames(self.optim).value
+        if name in ("lomo", "adalomo") or name.endswith("_layerwise"):
+            raise ValueError(
+                f"OPO {_ONE_STEP}: `optim` must not update the weights during the backward pass, once per micro-batch, "
+                f"got {name!r}. Use 'adamw_torch', or another optimizer that steps once."
+            )
+
     def _check_one_step_per_rollout_batch(self) -> None:
+        if self.accelerator_config is not None and self.accelerator_config.split_batches:
+            raise ValueError(
+                "OPO needs every rank's `per_device_train_batch_size` prompts: `accelerator_config` must have "
+                "`split_batches=False`, got True, which divides each rank's rows by the number of ranks. Remove "
+                "`split_batches` from `accelerator_config`."
+            )
         steps = self.gradient_accumulation_steps
         one_step = self.per_device_train_batch_size * self.world_size * steps
         if self._generation_batch_size_given and self.generation_batch_size != one_step:
@@ -239,6 +256,12 @@ class OPOConfig(GRPOConfig):
 
     def _check_generation_kwargs(self) -> None:
         settings = self.generation_kwargs or {}
+        for name in ("top_p", "top_k", "repetition_penalty") if self.use_vllm else ():
+            if getattr(self, name) is None:  # a server may take it from the model's generation config
+                raise ValueError(
+                    f"OPO {_OWN_LAW}: with `use_vllm=True`, `{name}` must be {NEUTRAL_VALUES[name][1]!r}, got None, "
+                    f"for which vLLM may use the model's own setting. Leave `{name}` out."
+                )
         for name in law_changes(settings):
             raise ValueError(
                 f"OPO {_OWN_LAW}: `generation_kwargs` must not set `{name}` to {settings[name]!r}, which samples from "

@@ -52,11 +52,28 @@ def check_datasets(
             )
 
 
-def load_processor(model: str, args: Any) -> Any:
-    """Load what the parent would load after the model, ahead of it: its faults show before anything expensive."""
+def load_processor(model: Any, args: Any) -> Any:
+    """
+    Load what the parent would load after the model, ahead of it: its faults show before anything expensive.
+
+    Args:
+        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Policy. A model object's processor is looked for where its config was loaded from.
+        args ([`OPOConfig`]):
+            The run's configuration.
+
+    Raises:
+        ValueError: If a model object does not say where it was loaded from.
+    """
+    name = model if isinstance(model, str) else model.config.name_or_path
+    if not name:
+        raise ValueError(
+            f"`processing_class` must be given with a model that was not loaded from a name or a directory, got a "
+            f"{type(model).__name__} whose config has no `name_or_path`. Pass its tokenizer as `processing_class`."
+        )
     return AutoProcessor.from_pretrained(
-        model,
-        revision=(args.model_init_kwargs or {}).get("revision"),
+        name,
+        revision=(args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None,
         truncation_side="left",
         padding_side="left",
         trust_remote_code=args.trust_remote_code,
@@ -108,6 +125,73 @@ def check_trainable(model: nn.Module) -> None:
             "nothing. Load an adapter with PeftModel.from_pretrained(..., is_trainable=True), or pass the base model "
             "with a `peft_config`."
         )
+
+
+def check_rollout_correction(args: Any, rollout_func: Any) -> None:
+    """
+    Refuse a correction that has no rollout function to correct, and would be ignored.
+
+    Raises:
+        ValueError: If `rollout_importance_sampling_correction` is set without a `rollout_func`.
+    """
+    if args.rollout_importance_sampling_correction and rollout_func is None:
+        raise ValueError(
+            "`rollout_importance_sampling_correction=True` corrects with the log-probabilities that a `rollout_func` "
+            "returns, got no `rollout_func`. Pass one, or leave the field out: vLLM's own sampling is corrected under "
+            "`vllm_importance_sampling_correction`."
+        )
+
+
+def check_continuous_batching(args: Any, model: Any) -> None:
+    """
+    Refuse continuous batching where it would round the policy's weights.
+
+    TRL 1.16 casts the trained model itself to `bf16` or `fp16` at every generation (no issue is filed). At a learning
+    rate of 1e-6 an update is far below the resolution of bf16: the weights would not move at all.
+
+    Args:
+        args ([`OPOConfig`]):
+            The run's configuration.
+        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Policy, or its name before it is loaded.
+
+    Raises:
+        ValueError: If a weight would be cast.
+    """
+    cast_to = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    if not args.use_transformers_continuous_batching or cast_to is None:
+        return
+    if isinstance(model, str):
+        given = (args.model_init_kwargs or {}).get("dtype", torch.float32)
+        dtypes = {getattr(torch, given, None) if isinstance(given, str) else given} - {None}
+    else:
+        dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    rounded = sorted(str(dtype).removeprefix("torch.") for dtype in dtypes - {cast_to})
+    if rounded:
+        precision = "bf16" if args.bf16 else "fp16"
+        raise ValueError(
+            f"`use_transformers_continuous_batching=True` with `{precision}=True` casts the trained weights to "
+            f"{precision} at every generation, got weights in {', '.join(rounded)}: small updates would be rounded "
+            f"away, and the policy would not change. Set `{precision}=False`, generate with `use_vllm=True` or without "
+            f"continuous batching, or load the model in {precision} if its updates may be rounded."
+        )
+
+
+def check_data_parallel(tp_size: int, cp_size: int, sp_size: int) -> None:
+    """
+    Refuse parallelism in which several ranks must be given the same rows, since rows are assigned to ranks one by one.
+
+    Raises:
+        ValueError: If a size of tensor, context or sequence parallelism is above 1.
+    """
+    sizes = {"tensor": tp_size, "context": cp_size, "sequence": sp_size}
+    for kind, size in sizes.items():
+        if size > 1:
+            raise ValueError(
+                f"OPOTrainer assigns each row to one rank, as data parallelism, FSDP and ZeRO need; {kind} "
+                f"parallelism, whose ranks share rows, must have size 1, got {size}. Use FSDP or ZeRO-3 to train a "
+                "model that does not fit one device; vLLM's own tensor parallelism is not affected."
+            )
 
 
 def pass_at_k_reward(name: str | None, reward_funcs: Any) -> str | None:

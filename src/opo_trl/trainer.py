@@ -1,6 +1,8 @@
 """The OPO trainer. Each private name of TRL that it touches is pinned by `tests/test_contract.py`."""
 
+import functools
 import inspect
+import logging
 import textwrap
 from collections.abc import Sized
 from pathlib import Path
@@ -10,21 +12,36 @@ import torch
 from accelerate.utils import gather, gather_object, is_compiled_module
 from torch import nn
 from transformers import ProcessorMixin
+from transformers.trainer_utils import has_length
 from trl import GRPOTrainer
 
 from .baselines import opo_advantages, token_uncertainty
 from .config import OPOConfig
 from .determinism import disable_dropout
 from .evaluation.pass_at_k import mean_pass_at_k
+from .guarded_rewards import FunctionGuard
+from .learning_signal import NoSignalWarning
 from .metrics import rollout_metrics
 from .microbatches import MEMORY_SHARE, cut_rows, deal_rows, plan_microbatches
 from .model_card import complete_model_card, is_hub_name
-from .preflight import check_datasets, check_tokenizer, check_trainable, load_processor, pass_at_k_reward
+from .preflight import (
+    check_continuous_batching,
+    check_data_parallel,
+    check_datasets,
+    check_rollout_correction,
+    check_tokenizer,
+    check_trainable,
+    load_processor,
+    pass_at_k_reward,
+)
 from .pushing import PushingTrainer
+from .rollout_position import EpochEnd, check_position
 from .sampler import check_law
 from .sampler_correction import correct_sampler
 from .step_statistics import StepStatistics
 from .tracking import versions
+
+logger = logging.getLogger(__name__)
 
 # What a rollout batch of text consists of: one row per completion, or one number for the whole batch.
 _ROW_TENSORS = (
@@ -85,10 +102,15 @@ class OPOTrainer(PushingTrainer):
             holds fewer prompts than one rollout batch; if message prompts meet a tokenizer without a chat template; if
             the model has no trainable parameter, or its generation config makes the sampler another distribution than
             the policy; during training, on all ranks alike, if a reward is infinite.
+        RewardError: During training, on all ranks alike, if a reward or rollout function raises on any of them.
     """
 
     args: OPOConfig
     model: Any
+    reward_funcs: list[Any]
+    rollout_func: Any
+    _step: int
+    _tr_loss: torch.Tensor
     _logs: dict[str, Any]
     vllm_importance_sampling_correction: bool
 
@@ -126,14 +148,22 @@ class OPOTrainer(PushingTrainer):
                 "one optimizer step per rollout batch. Build an OPOConfig with the same fields."
             )
         args.check_contract()
+        named = inspect.signature(GRPOTrainer).bind(
+            model, reward_funcs, args, train_dataset, eval_dataset, processing_class, *rest, **kwargs
+        )
         prompts_per_step = args.generation_batch_size // args.num_generations
-        check_datasets(train_dataset, eval_dataset, prompts_per_step, prompt_optional="environment_factory" in kwargs)
-        if processing_class is None and isinstance(model, str):
+        from_environment = named.arguments.get("environment_factory") is not None
+        check_datasets(train_dataset, eval_dataset, prompts_per_step, prompt_optional=from_environment)
+        check_rollout_correction(args, named.arguments.get("rollout_func"))
+        check_continuous_batching(args, model)
+        if processing_class is None:
             processing_class = load_processor(model, args)
         check_tokenizer(train_dataset, processing_class)
         self._correctness_reward = pass_at_k_reward(args.pass_at_k_reward, reward_funcs)
         super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, *rest, **kwargs)
         check_trainable(self.model)
+        check_data_parallel(self.get_tp_size(), self.get_cp_size(), self.get_sp_size())
+        check_continuous_batching(args, self.model)
         disable_dropout(self.model)
         self._check_sampler()
         # The parent would run a whole extra forward for the old policy to correct the sampler's mismatch. On-policy the
@@ -144,7 +174,18 @@ class OPOTrainer(PushingTrainer):
             else self.use_vllm and self.vllm_importance_sampling_correction
         )
         self.vllm_importance_sampling_correction = False
+        self._guard = FunctionGuard()
+        self.reward_funcs = [
+            self._guard.reward(function, name)
+            for function, name in zip(self.reward_funcs, self.reward_func_names, strict=True)
+        ]
+        if self.rollout_func is not None:
+            self.rollout_func = self._fill_empty_rollouts(self._guard.rollout(self.rollout_func))
+        self.add_callback(EpochEnd(self._end_epoch))
+        self.add_callback(NoSignalWarning)
         self._rollout_batch: dict[str, Any] | None = None
+        self._empty_rows: list[int] = []  # completions of zero tokens in the rollout batch
+        self._reported: set[str] = set()  # why the parent's micro-batches were kept
         self._statistics = StepStatistics()
         self._correct: list[list[bool]] = []  # which completions of each problem evaluated so far are correct
 
@@ -152,7 +193,8 @@ class OPOTrainer(PushingTrainer):
         """Evaluate as [`~transformers.Trainer.evaluation_loop`] does, and add pass@k of the same completions."""
         self._correct = []
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        if self._correct and isinstance(dataloader.dataset, Sized):
+        # The shard of a streamed dataset has a `__len__` that raises.
+        if self._correct and has_length(dataloader.dataset):
             # To fill the last batch of all ranks, accelerate goes on with the first problems.
             correct = self._correct[: len(dataloader.dataset)]
             for name, value in mean_pass_at_k(correct, range(1, self.num_generations_eval + 1)).items():
@@ -163,7 +205,40 @@ class OPOTrainer(PushingTrainer):
         """Train as [`PushingTrainer`] does, after one more look at the on-policy contract."""
         self.args.check_contract()
         self._check_sampler()
+        self._drop_unfinished_step()
+        if self.use_vllm:
+            self._last_loaded_step = -1  # an earlier run may have left the number of the step that this one starts at
         return super().train(*args, **kwargs)
+
+    def _end_epoch(self, stops: bool) -> None:
+        check_position(self.accelerator, self._step, self.args.steps_per_generation, "stop" if stops else "epoch")
+        self._drop_unfinished_step()
+
+    def _drop_unfinished_step(self) -> None:
+        """
+        Drop what an exception, an interrupt or an epoch that a callback has ended left of a step.
+
+        Its second half would otherwise be trained in the next step, whose own second half would come after the
+        optimizer step: off-policy from then on, silently.
+        """
+        unfinished = self._step % self.args.steps_per_generation
+        if unfinished and self.is_deepspeed_enabled:
+            raise ValueError(
+                "Under DeepSpeed a step must not end before its last micro-batch, since its gradients stay in the "
+                f"engine: it ended after {unfinished} of {self.args.steps_per_generation}. Build a new trainer, and "
+                "let callbacks stop an epoch in `on_step_end`, not in `on_substep_end`."
+            )
+        if unfinished:
+            self.model.zero_grad()
+            if self._loss_of_step.isfinite():
+                self._tr_loss -= self._loss_of_step.to(self._tr_loss)  # else it would be logged with the next step's
+            self._loss_of_step = torch.zeros(())
+        self._step -= unfinished
+        self._buffered_inputs = None
+        self._rollout_batch = None
+        self._statistics = StepStatistics()
+        self._pending_metrics.clear()
+        self._pending_extra_logs.clear()
 
     def _describe(self) -> dict[str, Any]:
         return {"opo": {**self.args.contract(), "versions": versions("opo-trl", "trl", "transformers", "torch")}}
@@ -201,6 +276,7 @@ class OPOTrainer(PushingTrainer):
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         rewards_per_func = super()._calculate_rewards(*args, **kwargs)  # (N, F), of all ranks; NaN for None
+        self._guard.raise_on_all_ranks(self.accelerator)
         infinite = torch.isinf(rewards_per_func).nonzero().tolist()
         if infinite:  # every rank sees the same gathered rewards, so all of them stop here together
             row, func = infinite[0]
@@ -216,8 +292,11 @@ class OPOTrainer(PushingTrainer):
         return rewards_per_func
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        output = super()._generate_and_score_completions(inputs)
         mode = "train" if self.model.training else "eval"
+        if mode == "train":
+            self._check_rollout_size(len(inputs))
+        output = super()._generate_and_score_completions(inputs)
+        output["completion_mask"][self._empty_rows] = 0  # a padding token stands in them
         group_size = self.num_generations if mode == "train" else self.num_generations_eval
 
         # A group may straddle ranks, so the baseline is taken over the rewards and lengths of all of them.
@@ -257,7 +336,7 @@ class OPOTrainer(PushingTrainer):
             forwards = self.args.steps_per_generation if self.model.training else 1
             chunk: int | None = len(local) // forwards
             parts = [{**batch, "position": torch.arange(len(local), device=local.device)}]
-            if self._can_regroup(batch):
+            if self._why_not_regrouped(batch) is None:
                 rows = {name: parts[0][name] for name in ("position", *_ROW_TENSORS) if name in parts[0]}
                 first = self.accelerator.process_index * len(local)
                 hand = learns.flatten()[first : first + len(local)].nonzero().flatten().cpu()
@@ -269,25 +348,81 @@ class OPOTrainer(PushingTrainer):
                     local.index_add_(0, part["position"], token_uncertainty(logps, _loss_mask(part)))
         return torch.where(learns, gather(local).view_as(lengths), lengths)
 
+    def _check_rollout_size(self, rows: int) -> None:
+        """Raise on all ranks unless every rank has the rows of a rollout batch that the configuration says."""
+        expected = self.args.per_device_train_batch_size * self.args.steps_per_generation
+        received = gather(torch.tensor([rows], device=self.accelerator.device)).tolist()
+        if any(size != expected for size in received):
+            raise ValueError(
+                "Each rank must get per_device_train_batch_size * gradient_accumulation_steps = "
+                f"{expected} prompts for a rollout batch, got {received} on the {len(received)} rank(s). Remove what "
+                "changes the data loader's batch size, such as a custom sampler, data loader or accelerator_config."
+            )
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        completion_ids, *rest = super()._generate_single_turn(*args, **kwargs)
+        # With tools, a later turn may well be empty: its completion is not.
+        return completion_ids if self.tools else self._fill_empty(completion_ids), *rest
+
+    def _tool_call_loop(self, *args: Any, **kwargs: Any) -> Any:
+        tool_mask, completions, completion_ids, *rest = super()._tool_call_loop(*args, **kwargs)
+        return tool_mask, completions, self._fill_empty(completion_ids), *rest
+
+    def _fill_empty_rollouts(self, rollout_func: Any) -> Any:
+        @functools.wraps(rollout_func)
+        def filled(prompts: Any, trainer: Any) -> dict[str, Any]:
+            output = rollout_func(prompts, trainer)
+            return {**output, "completion_ids": self._fill_empty(output["completion_ids"])}
+
+        return filled
+
+    def _fill_empty(self, completion_ids: list[list[int]]) -> list[list[int]]:
+        """
+        Put a padding token into completions of zero tokens, which have weight 0 and advantage 0.
+
+        TRL 1.16 reads the last token of every completion, and raises an IndexError on the rank that has an empty one
+        (no issue is filed). Delete this when it does not.
+        """
+        self._empty_rows = [row for row, ids in enumerate(completion_ids) if len(ids) == 0]
+        return [ids if len(ids) else [self._tokenizer.pad_token_id] for ids in completion_ids]
+
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        if self.model.training:
+            check_position(self.accelerator, self._step, self.args.steps_per_generation)
         self._rollout_batch = None
         inputs: dict[str, Any] = super()._prepare_inputs(generation_batch)
         if not self.model.training or self._rollout_batch is None:
             return inputs  # evaluation, or a later micro-batch of the plan made at the step's first
         batch, self._rollout_batch = self._rollout_batch, None
         # Ranks must agree: one may hold an image batch, or tool output, where another holds plain text.
-        layouts = gather_object([sorted(batch) if self._can_regroup(batch) else None])
-        if layouts[0] is not None and all(layout == layouts[0] for layout in layouts):
+        ranks = gather_object([(self._why_not_regrouped(batch), sorted(batch))])
+        reasons = [reason for reason, _ in ranks if reason is not None]
+        if not reasons and any(layout != ranks[0][1] for _, layout in ranks):
+            reasons.append("the ranks' rollout batches hold different columns")
+        if reasons:
+            self._report_once(reasons[0])
+        else:
             self._buffered_inputs = self._make_micro_batches(batch)
         self._log_padding(self._buffered_inputs)
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
-    def _can_regroup(self, batch: dict[str, Any]) -> bool:
-        """Whether this batch may be cut otherwise than by the parent: only tokens, and no fixed shapes."""
-        fixed_shapes = self.args.torch_compile or is_compiled_module(self.model)
-        fixed_shapes = fixed_shapes or self.accelerator.device.type in ("xla", "neuron", "hpu")
-        # A router's auxiliary loss is a mean per micro-batch, so that regrouping would change it.
-        return not fixed_shapes and not self.aux_loss_enabled and batch.keys() <= {*_ROW_TENSORS, *_SCALARS}
+    def _why_not_regrouped(self, batch: dict[str, Any]) -> str | None:
+        """Return why this batch must be cut as the parent cuts it; `None` if it need not."""
+        if self.args.torch_compile or is_compiled_module(self.model):
+            return "a compiled model needs fixed shapes"
+        if self.accelerator.device.type in ("xla", "neuron", "hpu"):
+            return f"the device {self.accelerator.device.type!r} needs fixed shapes"
+        if self.aux_loss_enabled:
+            return "the router's auxiliary loss is a mean per micro-batch"
+        unknown = sorted(batch.keys() - {*_ROW_TENSORS, *_SCALARS})
+        return f"the rollout batch holds {unknown}, which cannot be cut row by row" if unknown else None
+
+    def _report_once(self, reason: str) -> None:
+        if reason not in self._reported and self.accelerator.is_main_process:
+            logger.warning(
+                "The update keeps TRL's micro-batches, which is slower and has the same gradient: %s.", reason
+            )
+        self._reported.add(reason)
 
     def _make_micro_batches(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
         """Deal the rollout batch's rows to the ranks and cut this rank's into the micro-batches of the step."""
@@ -322,12 +457,13 @@ class OPOTrainer(PushingTrainer):
         return [cut_rows(rows, hand, micro_batch) for micro_batch in plan]
 
     def _log_padding(self, micro_batches: list[dict[str, Any]]) -> None:
-        """Log the share of padding among the tokens that the step's forwards run on, over all ranks."""
+        """Log the share of padding among the tokens of the step's micro-batches, over all ranks and without fillers."""
+        micro_batches = [part for part in micro_batches if part["completion_mask"].any()]
         padded = sum(part["prompt_mask"].numel() + part["completion_mask"].numel() for part in micro_batches)
         real = sum(part["prompt_mask"].sum() + part["completion_mask"].sum() for part in micro_batches)
         counts = torch.tensor([int(real), padded], device=self.accelerator.device)
         real, padded = self.accelerator.reduce(counts, reduction="sum").tolist()
-        self._metrics["train"]["opo/padding_fraction"].append(1 - real / padded)
+        self._metrics["train"]["opo/padding_fraction"].append(1 - real / padded if padded else float("nan"))
 
     def _total_rewards(self) -> torch.Tensor:  # (N,)
         """Weighted sum of the reward functions that scored each completion; NaN where none did."""

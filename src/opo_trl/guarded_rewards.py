@@ -1,0 +1,124 @@
+"""Reward and rollout functions whose failure on one rank is raised on all ranks. Nothing here is OPO's."""
+
+import functools
+import inspect
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import nn
+
+from .preflight import check_reward_values
+
+# An interrupt or a cancelled task is no failure of the function.
+_NOT_FAILURES = (KeyboardInterrupt, SystemExit, GeneratorExit)
+
+
+class RewardError(RuntimeError):
+    """A reward or rollout function raised on some rank. All ranks raise it, with the same message."""
+
+
+class FunctionGuard:
+    """
+    Keeps the exceptions of user functions until all ranks can raise them together.
+
+    TRL calls a reward function between two collectives. If it raises on one rank, the other ranks wait in the next
+    collective until its timeout, half an hour with NCCL, and the message that matters is far up in another rank's log.
+    So a guarded function returns placeholder rewards instead of raising, and [`raise_on_all_ranks`] follows at the next
+    point that all ranks reach.
+    """
+
+    def __init__(self) -> None:
+        self._failures: list[tuple[str, BaseException]] = []  # of this rank: what failed, and its exception
+
+    def reward(self, function: Any, name: str) -> Any:
+        """
+        Wrap a reward function, synchronous or asynchronous.
+
+        Args:
+            function (`Callable` or `nn.Module`):
+                As in [`~trl.GRPOTrainer`]; a reward model is returned as it is.
+            name (`str`):
+                Name of the function in messages.
+
+        Returns:
+            `Callable`: The function that never raises an `Exception`.
+        """
+        if isinstance(function, nn.Module):
+            return function
+
+        if _is_async(function):
+
+            @functools.wraps(function)
+            async def guarded_async(*args: Any, **kwargs: Any) -> list[Any]:
+                try:
+                    return check_reward_values(name, await function(*args, **kwargs), len(kwargs["completions"]))
+                except BaseException as error:
+                    self._keep(f"The reward function {name!r}", error)
+                    return [0.0] * len(kwargs["completions"])
+
+            return guarded_async
+
+        @functools.wraps(function)
+        def guarded(*args: Any, **kwargs: Any) -> list[Any]:
+            try:
+                return check_reward_values(name, function(*args, **kwargs), len(kwargs["completions"]))
+            except BaseException as error:
+                self._keep(f"The reward function {name!r}", error)
+                return [0.0] * len(kwargs["completions"])
+
+        return guarded
+
+    def rollout(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap a `rollout_func`, which all ranks call at the same point: they agree right after it."""
+
+        @functools.wraps(function)
+        def guarded(prompts: Any, trainer: Any) -> Any:
+            output = None
+            try:
+                output = function(prompts, trainer)
+            except BaseException as error:
+                self._keep("The rollout function", error)
+            self.raise_on_all_ranks(trainer.accelerator)
+            return output
+
+        return guarded
+
+    def raise_on_all_ranks(self, accelerator: Accelerator) -> None:
+        """
+        Raise what any rank has kept since the last call. To be called by all ranks at the same point.
+
+        Args:
+            accelerator ([`~accelerate.Accelerator`]):
+                Its processes agree.
+
+        Raises:
+            RewardError: On all ranks with the same message, which holds every rank's first failure and its traceback.
+        """
+        failures, self._failures = self._failures, []
+        any_failed = accelerator.reduce(torch.tensor(len(failures), device=accelerator.device), reduction="sum")
+        if not any_failed.item():
+            return
+        messages: list[str] = gather_object(
+            [
+                f"{what} failed on rank {accelerator.process_index}: {type(error).__name__}: {error}\n"
+                + "".join(traceback.format_exception(error)).rstrip()
+                for what, error in failures[:1]
+            ]
+        )
+        raise RewardError("\n\n".join(messages)) from (failures[0][1] if failures else None)
+
+    def _keep(self, what: str, error: BaseException) -> None:
+        if isinstance(error, _NOT_FAILURES) or type(error).__name__ == "CancelledError":
+            raise error
+        self._failures.append((what, error))
+
+
+def _is_async(function: Any) -> bool:
+    """Whether calling it returns a coroutine; a `partial` and a callable object are looked into."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)

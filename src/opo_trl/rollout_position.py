@@ -1,0 +1,65 @@
+"""That the optimizer steps once per rollout batch, after its last micro-batch, on all ranks."""
+
+from collections.abc import Callable
+
+import torch
+from accelerate import Accelerator
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class EpochEnd(TrainerCallback):
+    """
+    Calls a function at the end of every epoch, also of one that a callback has ended in the middle of a step.
+
+    Args:
+        act (`Callable`):
+            What to call, with whether training ends, too.
+    """
+
+    def __init__(self, act: Callable[[bool], None]) -> None:
+        self.act = act
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        self.act(control.should_training_stop)
+
+
+def check_position(accelerator: Accelerator, trained: int, per_step: int, next_is: str = "micro-batch") -> None:
+    """
+    Raise on all ranks if they are at different positions, or if the optimizer would step at a wrong one.
+
+    All ranks call this before every micro-batch and at the end of every epoch. A rank that has left an epoch alone,
+    because a callback has stopped it there, meets the others, which are at their next micro-batch, in this very call.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]):
+            Its `sync_gradients` is whether the optimizer steps after the coming micro-batch; its processes agree.
+        trained (`int`):
+            Micro-batches that this rank has trained.
+        per_step (`int`):
+            Micro-batches in a rollout batch.
+        next_is (`str`, *optional*, defaults to `"micro-batch"`):
+            What this rank does next: train a `"micro-batch"`, begin an `"epoch"`, or `"stop"`.
+
+    Raises:
+        RuntimeError: With the positions of all ranks.
+    """
+    kinds = ("micro-batch", "epoch", "stop")
+    here = (trained % per_step, int(accelerator.sync_gradients), kinds.index(next_is))
+    ranks = [here]
+    if accelerator.num_processes > 1:
+        gathered = accelerator.gather(torch.tensor(ranks, device=accelerator.device))  # (W, 3)
+        ranks = [(position, steps, kind) for position, steps, kind in gathered.tolist()]
+    out_of_place = next_is == "micro-batch" and any(steps != (at == per_step - 1) for at, steps, _ in ranks)
+    if out_of_place or len({(at, kind) for at, _, kind in ranks}) > 1:
+        words = ("trains micro-batch {}", "begins an epoch after micro-batch {}", "stops after micro-batch {}")
+        listed = "; ".join(
+            f"rank {rank} {words[kind].format(at + (kind == 0))}{' and steps' if steps and kind == 0 else ''}"
+            for rank, (at, steps, kind) in enumerate(ranks)
+        )
+        raise RuntimeError(
+            f"The optimizer must step after the last of a rollout batch's {per_step} micro-batches, on all ranks "
+            f"alike: {listed}. A callback has stopped one rank alone, or an overridden training loop has ended a step "
+            "early. Let callbacks stop epochs and training on all ranks, in `on_step_end`."
+        )
