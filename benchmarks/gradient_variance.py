@@ -28,7 +28,6 @@ constant for the prompt, from all its samples.
 import argparse
 import json
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -41,8 +40,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # policies run in parallel, a core each
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
-
 import numpy as np
 import torch
 from datasets import disable_progress_bars
@@ -54,13 +51,14 @@ from opo_trl import OPOConfig, OPOTrainer
 from opo_trl.baselines import optimal_baseline, token_uncertainty
 from opo_trl.evaluation.sampling import tokenize_prompt
 from opo_trl.rewards import math_verify_reward
-from problems import fit_to_tokenizer, load_problems, parse_dataset
+from opo_trl.scripts.policies import EMBEDDED_MODEL, model_path
+from opo_trl.scripts.problems import fit_to_tokenizer, load_problems, parse_dataset
 from variance_report import page_tables, plot
 
 GROUP_SIZES = (2, 4, 8, 16)
 PARTITIONS = 64  # random partitions into groups of K; each gives an unbiased variance, their mean scatters less
 LARGEST_GRADIENT = 2**20  # numbers kept of each gradient; a longer one is hashed into so many (count sketch)
-TINY_POLICY = ROOT / "examples" / "tiny_policy"
+TINY_POLICY = Path(model_path(EMBEDDED_MODEL))
 STAGES = {"fresh": 0, "half-trained": 150, "trained": 300}  # optimizer steps of the quickstart's kind
 
 

@@ -9,15 +9,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-
 import torch
 from datasets import Dataset
 
-from judging import judge, shift
 from opo_trl.evaluation import Record
 from opo_trl.evaluation.sampling import TransformersSampler, record_seed, tokenize_prompt
 from opo_trl.evaluation.scoring import score_completions
+from opo_trl.scripts.judging import judge, shift
 
 RESULTS = Path(__file__).parent / "results"
 

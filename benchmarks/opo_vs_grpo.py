@@ -36,7 +36,6 @@ import argparse
 import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
@@ -49,8 +48,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # arms run in parallel, a core each
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
-
 import torch
 from datasets import disable_progress_bars
 from scipy.stats import t as student_t
@@ -63,9 +60,10 @@ from opo_report import page_tables, plot
 from opo_trl import OPOConfig, OPOTrainer
 from opo_trl.evaluation import problem_metrics
 from opo_trl.rewards import math_verify_reward
-from problems import load_problems
+from opo_trl.scripts.policies import EMBEDDED_MODEL, model_path
+from opo_trl.scripts.problems import load_problems
 
-POLICY = str(ROOT / "examples" / "tiny_policy")
+POLICY = model_path(EMBEDDED_MODEL)
 LEARNING_RATES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 FIRST_GRID = (3e-5, 1e-4, 3e-4)
 SWEEP_SEEDS = (101, 102)

@@ -16,7 +16,7 @@ import statistics
 
 import torch
 
-from opo_trl.microbatches import MEMORY_SHARE, deal_rows, plan_microbatches
+from opo_trl.update.microbatches import MEMORY_SHARE, deal_rows, plan_microbatches
 
 PROMPT_LENGTH, LONGEST, GROUP_SIZE, BATCHES = 32, 512, 8, 40
 

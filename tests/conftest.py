@@ -24,7 +24,6 @@ with suppress(ImportError):  # the environment of `make test-vllm` is without it
     settings.load_profile("untimed")
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
 sys.path.insert(0, str(ROOT / "tests"))
 sys.path.insert(0, str(ROOT / "benchmarks"))
 

@@ -1,7 +1,7 @@
 """
 One rank of a run under an engine, started by `tests/engines.py`.
 
-    PYTHONPATH=examples torchrun --standalone --nproc_per_node 2 tests/engine_worker.py DIRECTORY CASE...
+    torchrun --standalone --nproc_per_node 2 tests/engine_worker.py DIRECTORY CASE...
 
 Trains each case in turn and leaves in `DIRECTORY/CASE` what the main process ends with: weights gathered from all
 ranks, logs, the engine that accelerate ran, and the model as `save_model` saves it.
@@ -28,7 +28,6 @@ from engines import (
     CASES,
     EVALUATIONS,
     PROCESSES,
-    ROOT,
     STOPPED,
     evaluating_trainer,
     logged_steps,
@@ -38,7 +37,8 @@ from engines import (
 )
 from opo_trl import OPOTrainer
 from opo_trl.rewards import math_verify_reward
-from problems import load_problems
+from opo_trl.scripts.policies import EMBEDDED_MODEL, model_path
+from opo_trl.scripts.problems import load_problems
 from test_resume import lora_model, sampling_trainer
 from tiny import scripted_dataset, scripted_reward, scripted_rollout, scripted_trainer, tiny_config, tiny_model
 
@@ -128,8 +128,7 @@ def run_generating(folder: Path) -> None:
         learning_rate=1e-4,
         max_grad_norm=1.0,
     )
-    policy = str(ROOT / "examples" / "tiny_policy")
-    trainer = OPOTrainer(policy, math_verify_reward, config, train, test)
+    trainer = OPOTrainer(model_path(EMBEDDED_MODEL), math_verify_reward, config, train, test)
     trainer.train()
     trainer.evaluate()
     trainer.save_model(str(folder / "saved"))

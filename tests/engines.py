@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from opo_trl import OPOTrainer
-from opo_trl.checkpoints import newest_whole
+from opo_trl.runs.checkpoints import newest_whole
 from tiny import relative_error, rollout_with_empty_completions, scripted_dataset, scripted_trainer, tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -203,7 +203,6 @@ def ends_of_ranks(launchers: list[list[str]], variables: dict[str, str], timeout
     environment = {
         **os.environ,
         **variables,
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT / "examples"), os.environ.get("PYTHONPATH")])),
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
         "TORCHDYNAMO_DISABLE": "1",

@@ -23,7 +23,7 @@ from huggingface_hub import snapshot_download
 from transformers import TrainerCallback
 
 from opo_trl import OPOConfig, OPOTrainer
-from opo_trl.checkpoints import newest_whole, what_is_missing
+from opo_trl.runs.checkpoints import newest_whole, what_is_missing
 from test_preemption import AskedInTheMiddle
 from test_resume import letters_reward, sampling_trainer
 from tiny import scripted_dataset, tiny_config, tiny_model, tiny_tokenizer

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
-from opo_trl.checkpoints import MARKER, newest_whole
+from opo_trl.runs.checkpoints import MARKER, newest_whole
 from test_resume import sampling_trainer
 from tiny import tiny_model
 

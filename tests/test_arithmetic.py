@@ -2,7 +2,7 @@
 
 import pytest
 
-from arithmetic import LARGEST_OPERAND, NUM_PROBLEMS, SPLIT_SHARES, load_arithmetic, split_of
+from opo_trl.scripts.arithmetic import LARGEST_OPERAND, NUM_PROBLEMS, SPLIT_SHARES, load_arithmetic, split_of
 
 
 def problems(split, size, seed=0):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from opo_trl.checkpoints import MARKER, mark_whole, newest_whole, unmark, what_is_missing
+from opo_trl.runs.checkpoints import MARKER, mark_whole, newest_whole, unmark, what_is_missing
 from test_resume import sampling_trainer
 from tiny import scripted_trainer, tiny_model
 
@@ -101,7 +101,7 @@ def test_the_last_checkpoint_is_deleted_only_when_the_next_is_whole(tmp_path, mo
         there.append({path.name for path in tmp_path.glob("checkpoint-*")})
         mark_whole(checkpoint)
 
-    monkeypatch.setattr("opo_trl.resumable.mark_whole", look)
+    monkeypatch.setattr("opo_trl.runs.resumable.mark_whole", look)
     sampling_trainer(tmp_path, tiny_model(), save_total_limit=1).train()
     assert there[1] == {"checkpoint-1", "checkpoint-2"}
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-8"]
@@ -211,7 +211,7 @@ def test_a_marker_that_cannot_be_written_is_said_and_costs_no_checkpoint(tmp_pat
             raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
         mark_whole(checkpoint)
 
-    monkeypatch.setattr("opo_trl.resumable.mark_whole", fail_at_the_third)
+    monkeypatch.setattr("opo_trl.runs.resumable.mark_whole", fail_at_the_third)
     with pytest.raises(RuntimeError, match=r"checkpoint-3 could not be saved: .*quota exceeded.*checkpoint-2 is whole"):
         sampling_trainer(tmp_path, tiny_model(), save_total_limit=1).train()
     assert newest_whole(tmp_path)[0] == tmp_path / "checkpoint-2"

@@ -23,7 +23,7 @@ from trl import GRPOConfig, GRPOTrainer
 import opo_trl
 from opo_trl import OPOTrainer
 from opo_trl.config import _CONTRACT
-from opo_trl.model_card import NO_BASE_MODEL, NO_REPOSITORY, VERSIONS
+from opo_trl.runs.model_card import NO_BASE_MODEL, NO_REPOSITORY, VERSIONS
 from tiny import GROUP_SIZE, scripted_trainer
 
 

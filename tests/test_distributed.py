@@ -16,7 +16,7 @@ from engines import (
     single_process,
     two_processes,
 )
-from opo_trl.checkpoints import newest_whole, what_is_missing
+from opo_trl.runs.checkpoints import newest_whole, what_is_missing
 from tiny import SCRIPT
 
 QUICK = ["full", "full, evaluated first", "full, uncertainty", "full, empty completions"]

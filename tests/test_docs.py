@@ -21,12 +21,11 @@ from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser
 
-import evaluate_math
-import train_math
 from code_blocks import read_blocks, run_python
 from opo_trl import OPOConfig, data
 from opo_trl.config import _CONTRACT
 from opo_trl.rewards import math_verify_reward
+from opo_trl.scripts import evaluate_math, train_math
 from pages import PAGES, ROOT, anchors, links, page, tables, the_table
 from test_imports import ALLOWED
 from tiny import scripted_dataset, scripted_reward, scripted_trainer

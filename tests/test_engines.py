@@ -21,7 +21,7 @@ from engines import (
     single_process,
     two_processes,
 )
-from opo_trl.checkpoints import newest_whole
+from opo_trl.runs.checkpoints import newest_whole
 
 SHARDED = {"fsdp2", "zero3"}
 REFUSED = {"zero2": ["mismatched accumulation"], "zero3": ["evaluated first"]}

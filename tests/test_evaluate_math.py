@@ -5,24 +5,23 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-import evaluate_math
-import train_math
-from arithmetic import load_arithmetic
-from engines import run_ranks
+from engines import ROOT, run_ranks
 from opo_trl.evaluation import pass_rates
 from opo_trl.evaluation.records_file import append_records, merge_parts, part_path, read_parts, read_records
 from opo_trl.evaluation.sampling import tokenize_prompt
-from problems import load_problems
+from opo_trl.scripts import evaluate_math, train_math
+from opo_trl.scripts.arithmetic import load_arithmetic
+from opo_trl.scripts.policies import model_path
+from opo_trl.scripts.problems import load_problems
 from tiny import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
 
-SCRIPT = evaluate_math.__file__
-POLICY = str(Path(SCRIPT).parent / "tiny_policy")
+SCRIPT = str(ROOT / "examples" / "evaluate_math.py")
+POLICY = model_path("tiny_policy")
 ONE_DATASET = ["--models", "tiny_policy", "--datasets", "arithmetic", "--num_problems", "48", "--num_samples", "4",
                "--max_new_tokens", "40", "--temperature", "1.0", "--batch_size", "8", "--backend", "transformers",
                "--base_model", "tiny_policy", "--scoring_batch_size", "16"]  # fmt: skip

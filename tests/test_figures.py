@@ -7,8 +7,8 @@ import re
 import pytest
 
 from opo_report import page_tables as opo_tables
+from opo_trl.scripts.reporting import COLUMNS
 from pages import ROOT, page, tables, the_table
-from reporting import COLUMNS
 from variance_report import page_tables as variance_tables
 
 README = (ROOT / "README.md").read_text()

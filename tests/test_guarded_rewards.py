@@ -4,7 +4,7 @@ import functools
 
 import pytest
 
-from opo_trl.guarded_rewards import FunctionGuard, RewardError
+from opo_trl.runs.guarded_functions import FunctionGuard, RewardError
 from tiny import scripted_reward, scripted_rollout, scripted_trainer
 
 

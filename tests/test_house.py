@@ -17,8 +17,8 @@ from trl import GRPOTrainer
 import opo_trl
 from conftest import ROOT
 from opo_trl import OPOConfig, OPOTrainer
-from opo_trl.pushing import PushingTrainer
-from opo_trl.resumable import ResumableTrainer
+from opo_trl.runs.pushing import PushingTrainer
+from opo_trl.runs.resumable import ResumableTrainer
 
 SOURCE = ROOT / "src" / "opo_trl"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

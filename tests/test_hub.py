@@ -12,8 +12,8 @@ import torch
 from huggingface_hub import ModelCard
 
 from hub_stand_in import Fault, HubStandIn, Repository
-from opo_trl.checkpoints import MARKER, newest_whole, what_is_missing
-from opo_trl.hub import BackgroundPushes, PushError, describe_error
+from opo_trl.runs.checkpoints import MARKER, newest_whole, what_is_missing
+from opo_trl.runs.hub import BackgroundPushes, PushError, describe_error
 
 TESTS = Path(__file__).parent
 CASES = (

@@ -78,7 +78,7 @@ def test_the_package_costs_nothing_to_import():
 
 
 def test_the_algorithm_costs_torch_alone():
-    assert "trl" not in loaded_after("import opo_trl.baselines, opo_trl.metrics")
+    assert "trl" not in loaded_after("import opo_trl.baselines, opo_trl.algorithm.metrics")
 
 
 def test_the_rewards_cost_nothing_to_import_and_start_nothing():

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from opo_trl.learning_signal import PATIENCE, NoSignalWarning, likeliest_cause
+from opo_trl.rollouts.learning_signal import PATIENCE, NoSignalWarning, likeliest_cause
 from tiny import scripted_rollout, scripted_trainer
 
 ARGS = SimpleNamespace(max_completion_length=64, per_device_train_batch_size=4, steps_per_generation=2)

@@ -5,7 +5,7 @@ import math
 import torch
 from hypothesis import assume, given
 
-from opo_trl.metrics import rollout_metrics
+from opo_trl.algorithm.metrics import rollout_metrics
 from test_baselines import batches, oracle_baseline
 
 NAN = math.nan

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opo_trl.microbatches import MEMORY_SHARE, deal_rows, plan_microbatches
+from opo_trl.update.microbatches import MEMORY_SHARE, deal_rows, plan_microbatches
 
 LENGTHS = st.lists(st.tuples(st.integers(1, 40), st.integers(0, 500)), min_size=0, max_size=40)
 

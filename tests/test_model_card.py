@@ -7,7 +7,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
 from hub_stand_in import errors_of_card
-from opo_trl.model_card import is_hub_name, last_metrics
+from opo_trl.runs.model_card import is_hub_name, last_metrics
 from test_resume import PROMPTS, lora_model, sampling_trainer
 from tiny import scripted_trainer, tiny_model
 

@@ -9,8 +9,8 @@ import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 
-from opo_trl.checkpoints import newest_whole
-from opo_trl.preemption import EXIT_CODE
+from opo_trl.runs.checkpoints import newest_whole
+from opo_trl.runs.preemption import EXIT_CODE
 from test_resume import PROMPTS, STEPS, sampling_trainer
 from tiny import tiny_model
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from opo_trl.preflight import check_reward_values
+from opo_trl.on_policy.preflight import check_reward_values
 
 
 @pytest.mark.parametrize(

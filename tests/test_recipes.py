@@ -7,9 +7,8 @@ import pytest
 import yaml
 from trl import ModelConfig, TrlParser
 
-import evaluate_math
-import train_math
 from opo_trl import OPOConfig
+from opo_trl.scripts import evaluate_math, train_math
 
 RECIPES = sorted((Path(train_math.__file__).parent / "configs").glob("*.yaml"))
 ON_A_CPU = ["--use_cpu", "--bf16", "false"]

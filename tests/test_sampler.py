@@ -6,7 +6,7 @@ from peft import LoraConfig
 from transformers import GenerationConfig
 
 from opo_trl import OPOTrainer
-from opo_trl.sampler import NEUTRAL_VALUES, law_changes
+from opo_trl.on_policy.sampling_settings import NEUTRAL_VALUES, law_changes
 from tiny import scripted_dataset, scripted_trainer, tiny_config, tiny_model, tiny_tokenizer
 
 # Settings of GenerationConfig that leave the law of each token alone: when to stop, how to compute, what to return.

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opo_trl.step_statistics import StepStatistics
+from opo_trl.update.step_statistics import StepStatistics
 
 
 def alone(tensor):

@@ -12,8 +12,8 @@ import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from opo_trl.baselines import opo_advantages
-from opo_trl.checkpoints import MARKER
-from opo_trl.tracking import RUN_FILE, ContinuedWandb
+from opo_trl.runs.checkpoints import MARKER
+from opo_trl.runs.tracking import RUN_FILE, ContinuedWandb
 from test_resume import STEPS, sampling_trainer
 from tiny import GROUP_SIZE, SCRIPT, scripted_trainer, tiny_model
 

@@ -10,9 +10,9 @@ import pytest
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import train_math
+from opo_trl.scripts import train_math
 
-EXAMPLES = Path(train_math.__file__).parent
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 QUICK = [
     "--use_cpu", "--bf16", "false", "--report_to", "none", "--max_completion_length", "4", "--num_generations", "2",
     "--per_device_train_batch_size", "4", "--logging_steps", "1", "--max_steps", "2", "--learning_rate", "1e-3",

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, FalconConfig, GPT2Config, Mixtral
 from trl import GRPOConfig, GRPOTrainer
 
 from opo_trl import OPOConfig, OPOTrainer
-from opo_trl.preflight import check_continuous_batching, check_data_parallel
+from opo_trl.on_policy.preflight import check_continuous_batching, check_data_parallel
 from test_baselines import oracle_baseline
 from tiny import (
     CHAT_TEMPLATE,

@@ -19,13 +19,13 @@ import vllm._custom_ops
 from peft import LoraConfig
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from judging import judge
 from opo_trl import OPOTrainer
 from opo_trl.evaluation.sampling import TransformersSampler, record_seed, tokenize_prompt
 from opo_trl.evaluation.vllm_sampling import VllmSampler
 from opo_trl.rewards import math_verify_reward
-from policies import model_path
-from problems import load_problems
+from opo_trl.scripts.judging import judge
+from opo_trl.scripts.policies import model_path
+from opo_trl.scripts.problems import load_problems
 from tiny import tiny_config
 
 # On a CPU, vLLM packs weights for oneDNN as it loads them, and packed weights cannot be replaced. Not so on a GPU.

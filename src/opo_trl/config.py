@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from transformers.training_args import OptimizerNames
 from trl import GRPOConfig
 
-from .sampler import NEUTRAL_VALUES, law_changes
+from .on_policy.sampling_settings import NEUTRAL_VALUES, law_changes
 
 
 class _Rule(NamedTuple):

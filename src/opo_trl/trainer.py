@@ -15,16 +15,12 @@ from transformers import ProcessorMixin
 from transformers.trainer_utils import has_length
 from trl import GRPOTrainer
 
-from .baselines import opo_advantages, token_uncertainty
+from .algorithm.baselines import opo_advantages, token_uncertainty
+from .algorithm.metrics import rollout_metrics
 from .config import OPOConfig
-from .determinism import disable_dropout
 from .evaluation.pass_at_k import mean_pass_at_k
-from .guarded_rewards import FunctionGuard
-from .learning_signal import NoSignalWarning
-from .metrics import rollout_metrics
-from .microbatches import MEMORY_SHARE, cut_rows, deal_rows, plan_microbatches
-from .model_card import complete_model_card, is_hub_name
-from .preflight import (
+from .on_policy.determinism import disable_dropout
+from .on_policy.preflight import (
     check_continuous_batching,
     check_data_parallel,
     check_datasets,
@@ -34,12 +30,16 @@ from .preflight import (
     load_processor,
     pass_at_k_reward,
 )
-from .pushing import PushingTrainer
-from .rollout_position import EpochEnd, check_position
-from .sampler import check_law
-from .sampler_correction import correct_sampler
-from .step_statistics import StepStatistics
-from .tracking import versions
+from .on_policy.rollout_position import EpochEnd, check_position
+from .on_policy.sampler_correction import correct_sampler
+from .on_policy.sampling_settings import check_law
+from .rollouts.learning_signal import NoSignalWarning
+from .runs.guarded_functions import FunctionGuard
+from .runs.model_card import complete_model_card, is_hub_name
+from .runs.pushing import PushingTrainer
+from .runs.tracking import versions
+from .update.microbatches import MEMORY_SHARE, cut_rows, deal_rows, plan_microbatches
+from .update.step_statistics import StepStatistics
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class OPOTrainer(PushingTrainer):
        generation config slips in. Dropout of every kind is switched off.
 
     Since `sum_i l_i A_i = 0` in every group, the logged loss is 0 by construction. Watch `reward`, `grad_norm`,
-    `entropy` and the `opo/` metrics ([`~opo_trl.metrics.rollout_metrics`]).
+    `entropy` and the `opo/` metrics ([`~opo_trl.algorithm.metrics.rollout_metrics`]).
 
     Example:
 

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
-from .preflight import check_reward_values
+from ..on_policy.preflight import check_reward_values
 
 # An interrupt or a cancelled task is no failure of the function.
 _NOT_FAILURES = (KeyboardInterrupt, SystemExit, GeneratorExit)

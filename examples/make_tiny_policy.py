@@ -1,26 +1,24 @@
 """Make the tiny policy of the quickstart: a character-level Llama, warmed up on worked sums.
 
-    python examples/tiny_policy/make_tiny_policy.py
+    python examples/make_tiny_policy.py
 
 Some of the solutions it sees go step by step (`17+8=25,25-12=13 \\boxed{13}`), and some are guesses, made at once and
 mostly off by a little (`\\boxed{14}`). So the policy starts out doing either, and what OPO has to find out is that
-working in steps pays. Takes about 5 minutes on one core and writes the weights (about 430 kB) and the tokenizer beside
-this file, or to `--output_dir`.
+working in steps pays. Takes about 5 minutes on one core and writes the weights (about 430 kB) and the tokenizer to the
+package's copy, or to `--output_dir`.
 """
 
 import argparse
 import random
-import sys
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from datasets import Dataset
-
-from arithmetic import load_arithmetic
+from opo_trl.scripts.arithmetic import load_arithmetic
+from opo_trl.scripts.policies import EMBEDDED_MODEL, model_path
 
 PAD, EOS, BOX = "<pad>", "<eos>", "\\boxed{"
 VOCABULARY = [PAD, EOS, BOX, *"}0123456789+-=?, "]
@@ -80,7 +78,7 @@ def make_batch(problems: Dataset, tokenizer: PreTrainedTokenizerFast, rng: rando
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path(__file__).resolve().parent)
+    parser.add_argument("--output_dir", type=Path, default=Path(model_path(EMBEDDED_MODEL)))
     parser.add_argument("--steps", type=int, default=2_500)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

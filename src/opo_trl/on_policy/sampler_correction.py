@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from .step_statistics import StepStatistics
+from ..update.step_statistics import StepStatistics
 
 
 class SamplerCorrection(NamedTuple):

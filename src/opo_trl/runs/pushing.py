@@ -19,7 +19,7 @@ class PushingTrainer(ResumableTrainer):
     """
     [`ResumableTrainer`] with promises about what reaches the Hub.
 
-    1. A Hub that refuses the push is an error before the model is loaded ([`~opo_trl.hub.claim_repository`]).
+    1. A Hub that refuses the push is an error before the model is loaded ([`~opo_trl.runs.hub.claim_repository`]).
     2. Checkpoints are pushed when they are whole, the last one always, and none is deleted on its way.
     3. A push that fails is warned about and does not stop training; [`push_to_hub`], [`save_model`] and [`end`] make
        their own attempt and then raise, on all ranks.

@@ -12,9 +12,9 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from judging import judge
-from opo_trl.evaluation import bootstrap_interval, pass_rates
-from opo_trl.evaluation.sampling import sample_completions
+from ..evaluation import bootstrap_interval, pass_rates
+from ..evaluation.sampling import sample_completions
+from .judging import judge
 
 COLUMNS = {  # metric -> heading
     "reward": "reward",
@@ -59,7 +59,7 @@ def measure(
     tokenizer = AutoTokenizer.from_pretrained(model_path, padding_side="left")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype="auto")
+    model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype="auto")
     if torch.cuda.is_available():
         model = model.to("cuda")
     sampled = sample_completions(

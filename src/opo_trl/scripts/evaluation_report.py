@@ -5,8 +5,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from opo_trl.evaluation import paired_difference, summarize
-from reporting import commit
+from ..evaluation import paired_difference, summarize
+from .reporting import commit
 
 Metrics = dict[str, dict[str, float]]  # metric -> problem -> value
 

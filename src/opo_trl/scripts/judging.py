@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from opo_trl.evaluation import Record, sequence_kl
-from opo_trl.evaluation.sampling import Completion
-from opo_trl.evaluation.scoring import TokenScores
-from opo_trl.rewards import math_verify_reward
+from ..evaluation import Record, sequence_kl
+from ..evaluation.sampling import Completion
+from ..evaluation.scoring import TokenScores
+from ..rewards import math_verify_reward
 
 
 def judge(samples: Sequence[tuple[Mapping[str, Any], int]], completions: Sequence[Completion]) -> list[Record]:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from arithmetic import load_arithmetic
-from opo_trl.data import load_math_dataset, to_plain_text
+from ..data import load_math_dataset, to_plain_text
+from .arithmetic import load_arithmetic
 
 EMBEDDED_DATASET = "arithmetic"
 

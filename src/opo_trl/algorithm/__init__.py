@@ -1,0 +1,1 @@
+"""What OPO computes. Pure torch."""

@@ -1,0 +1,98 @@
+"""
+The optimal reward baseline of OPO (arXiv 2505.23585): the whole algorithm, on one screen.
+
+    b*(x) = sum_i l_i r_i / sum_i l_i        optimal reward baseline (Eq. 12)
+    A_i   = r_i - b*(x)                      no division by a standard deviation
+
+The exact optimum (Eq. 9) weighs each reward by the squared norm of its completion's score, |grad log pi(y_i|x)|^2; the
+paper takes the completion length l_i in its place, because that norm grows with the number of summed token gradients.
+"""
+
+import torch
+
+
+def optimal_baseline(
+    rewards: torch.Tensor, lengths: torch.Tensor, length_exponent: float = 1.0
+) -> torch.Tensor:  # (P, K), (P, K) -> (P, 1)
+    r"""
+    Length-weighted mean reward of each group (arXiv 2505.23585, Eq. 10 and 12).
+
+    A completion takes part if it was scored and has a token to train on: a NaN reward or a length of 0 gives it
+    weight 0. A group in which no completion takes part has the baseline 0.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(P, K)`):
+            Reward of each of the K completions of each of the P prompts. NaN marks an unscorable completion.
+        lengths (`torch.Tensor` of shape `(P, K)`):
+            Number of *trainable* tokens of each completion: tool output and masked-out completions do not count. Or
+            another weight, such as [`token_uncertainty`].
+        length_exponent (`float`, *optional*, defaults to `1.0`):
+            Power of the length in the weight. `1.0` is OPO; `0.0` is the plain group mean.
+
+    Returns:
+        `torch.Tensor` of shape `(P, 1)`, in the unit of the rewards and in at least float32. It lies within the range
+        of the rewards that take part, exactly: where these are all equal, it is that reward to the last bit.
+
+    Raises:
+        ValueError: If the shapes differ or are not `(P, K)`, a reward is infinite, or a length is negative.
+    """
+    if rewards.ndim != 2 or rewards.shape != lengths.shape:
+        raise ValueError(
+            "rewards and lengths must both have the shape (P, K), one row per prompt and one column per completion, "
+            f"got {tuple(rewards.shape)} and {tuple(lengths.shape)}."
+        )
+    if torch.isinf(rewards).any() or (lengths < 0).any():
+        raise ValueError(
+            "rewards must not be infinite (NaN marks an unscorable one) and lengths must not be negative, got "
+            f"rewards {rewards.tolist()} and lengths {lengths.tolist()}."
+        )
+    rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
+    active = takes_part(rewards, lengths)  # (P, K)
+    weights = torch.where(active, lengths.to(rewards.dtype) ** length_exponent, 0.0)  # (P, K)
+    total_weight = weights.sum(dim=1, keepdim=True)  # (P, 1)
+    weighted_sum = (weights * torch.where(active, rewards, 0.0)).sum(dim=1, keepdim=True)  # (P, 1)
+    # A weighted mean lies between the smallest and the largest of its values. Rounding can push it outside by the last
+    # bit, and would leave an advantage of 1e-8 (a full forward and backward) where there is nothing to learn.
+    lowest = torch.where(active, rewards, torch.inf).amin(dim=1, keepdim=True)  # (P, 1)
+    highest = torch.where(active, rewards, -torch.inf).amax(dim=1, keepdim=True)  # (P, 1)
+    baseline = (weighted_sum / total_weight).clamp(min=lowest, max=highest)
+    return torch.where(total_weight > 0, baseline, 0.0)
+
+
+def opo_advantages(
+    rewards: torch.Tensor, lengths: torch.Tensor, length_exponent: float = 1.0
+) -> torch.Tensor:  # (P, K), (P, K) -> (P, K)
+    r"""
+    Advantages of OPO, `r - b*`: the reward over the optimal baseline of its group, not divided by anything.
+
+    In every group `sum_i l_i A_i = 0` (with `length_exponent=1`), so a loss that sums token terms has the value 0 by
+    construction; its gradient is what counts.
+
+    Args:
+        rewards, lengths, length_exponent:
+            As in [`optimal_baseline`].
+
+    Returns:
+        `torch.Tensor` of shape `(P, K)`. Exactly 0.0, not a rounding residue, for a completion that takes no part
+        (unscorable, or nothing to train on) and wherever the rewards that take part are all equal or only one is left.
+
+    Raises:
+        ValueError: As in [`optimal_baseline`].
+    """
+    advantages = rewards - optimal_baseline(rewards, lengths, length_exponent)
+    return torch.where(takes_part(rewards, lengths), advantages, 0.0)
+
+
+def takes_part(rewards: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:  # (P, K), (P, K) -> (P, K), bool
+    """Whether a completion counts: it was scored, and it has a token to train on."""
+    return ~torch.isnan(rewards) & (lengths > 0)
+
+
+def token_uncertainty(logps: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:  # (B, C), (B, C) -> (B,)
+    r"""
+    `sum_t (1 - pi(y_t))^2`, a weight in place of the length: tokens that the policy is sure of have hardly a gradient.
+
+    The squared norm of a token's score with respect to the logits, `(1 - pi(y_t))^2 + sum_{v != y_t} pi(v)^2` (the
+    weight of arXiv 2602.07078), is between once and twice this, which takes the tokens' own log-probabilities alone.
+    """
+    return (torch.expm1(logps.float()).square() * loss_mask).sum(dim=1)

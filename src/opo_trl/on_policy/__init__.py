@@ -1,0 +1,1 @@
+"""What keeps the distribution that samples and the one that is trained the same."""

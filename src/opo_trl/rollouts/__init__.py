@@ -1,0 +1,1 @@
+"""Which groups a step trains on."""

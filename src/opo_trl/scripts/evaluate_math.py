@@ -1,0 +1,415 @@
+r"""
+Measure models on math problems: pass@k, maj@k, diversity, length, entropy and KL, with intervals.
+
+With no arguments it measures the tiny policy of this repository before and after the quickstart (`make train`), on a
+CPU, in about a minute:
+
+    accelerate launch examples/evaluate_math.py
+
+The paper's evaluation, on one GPU or several:
+
+    accelerate launch examples/evaluate_math.py \
+        --models deepseek-ai/DeepSeek-R1-Distill-Qwen-7B outputs/grpo outputs/opo --last_checkpoints 5 \
+        --base_model deepseek-ai/DeepSeek-R1-Distill-Qwen-7B \
+        --datasets HuggingFaceH4/MATH-500:test HuggingFaceH4/aime_2024:train yentinglin/aime_2025:train \
+        --num_samples 8 16 16 --temperature 0.6 --max_new_tokens 32768 --batch_size 512 --output_dir outputs/tables
+
+Samples are drawn by vLLM where it is installed and by transformers otherwise. Records are appended as they come, so
+that the same command continues a run that was stopped, with any number of processes.
+"""
+
+import gc
+import hashlib
+import importlib.util
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset, disable_progress_bars
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+from trl import TrlParser
+
+from ..data import INSTRUCTION
+from ..evaluation import Record, average, problem_metrics
+from ..evaluation.records_file import append_records, merge_parts, part_path, read_parts, read_records
+from ..evaluation.sampling import TransformersSampler, record_seed, tokenize_prompt
+from ..evaluation.scoring import score_completions
+from .evaluation_report import Metrics, write_report
+from .judging import judge, shift
+from .policies import Checkpoint, find_checkpoints, short_name
+from .problems import fit_to_tokenizer, load_problems, parse_dataset
+
+QUICKSTART = Path(__file__).with_name("evaluate_quickstart.yaml")
+BACKENDS = ("auto", "vllm", "transformers")
+
+
+@dataclass
+class EvaluationArguments:
+    """
+    Arguments of this script.
+
+    Args:
+        models (`list[str]`):
+            Names or directories of models or LoRA adapters; the first is the one that others are compared with.
+        datasets (`list[str]`):
+            `NAME`, `NAME:SPLIT` or `NAME:SPLIT:CONFIG`, where `NAME` is a dataset on the Hub, a local file, a saved
+            dataset, or `arithmetic`. The split is `test` unless given, for a local file `train`.
+        output_dir (`str`):
+            Where records, summary.json, table.md and the plots go.
+        base_model (`str`, *optional*):
+            Starting policy. With it, entropy and KL(policy || base) are measured.
+        num_samples (`list[int]`, *optional*, defaults to `[8]`):
+            Completions per problem: one number for all datasets, or one for each.
+        temperature (`float`, *optional*, defaults to `0.6`):
+            Sampling temperature, above 0. No tail is cut off (top-p 1).
+        max_new_tokens (`int`, *optional*, defaults to `32768`):
+            Longest completion, in tokens.
+        num_problems (`int`, *optional*):
+            Use only the first so many problems of each dataset.
+        last_checkpoints (`int`, *optional*, defaults to `0`):
+            Measure the last so many `checkpoint-*` of a training directory and average them; `0` takes its final model.
+        batch_size (`int`, *optional*, defaults to `64`):
+            Completions sampled at a time by one process; with vLLM, completions in flight.
+        scoring_batch_size (`int`, *optional*, defaults to `16`):
+            Completions at a time for entropy and KL.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the sampling.
+        instruction, system_prompt, prompt_column, solution_column:
+            As in `train_math.py`.
+        backend (`str`, *optional*, defaults to `"auto"`):
+            `"vllm"`, `"transformers"`, or `"auto"`: vLLM where it is installed.
+        dtype (`str`, *optional*, defaults to `"auto"`):
+            Precision of the models.
+    """
+
+    models: list[str] = field(metadata={"help": "Models, checkpoints, training directories or adapters."})
+    datasets: list[str] = field(metadata={"help": "NAME, NAME:SPLIT or NAME:SPLIT:CONFIG of each dataset."})
+    output_dir: str = field(metadata={"help": "Where records, tables and plots go."})
+    base_model: str | None = field(default=None, metadata={"help": "Starting policy, for entropy and KL."})
+    num_samples: list[int] = field(default_factory=lambda: [8], metadata={"help": "Completions per problem."})
+    temperature: float = field(default=0.6, metadata={"help": "Sampling temperature."})
+    max_new_tokens: int = field(default=32_768, metadata={"help": "Longest completion, in tokens."})
+    num_problems: int | None = field(default=None, metadata={"help": "Use only the first so many problems."})
+    last_checkpoints: int = field(default=0, metadata={"help": "Average the last so many checkpoints of a run."})
+    batch_size: int = field(default=64, metadata={"help": "Completions sampled at a time by one process."})
+    scoring_batch_size: int = field(default=16, metadata={"help": "Completions at a time for entropy and KL."})
+    seed: int = field(default=0, metadata={"help": "Seed of the sampling."})
+    instruction: str = field(default=INSTRUCTION, metadata={"help": "Line added to each problem; '' adds nothing."})
+    system_prompt: str | None = field(default=None, metadata={"help": "System message put before each problem."})
+    prompt_column: str | None = field(default=None, metadata={"help": "Column of the problem."})
+    solution_column: str | None = field(default=None, metadata={"help": "Column of the answer."})
+    backend: str = field(default="auto", metadata={"help": "auto, vllm or transformers."})
+    dtype: str = field(default="auto", metadata={"help": "Precision of the models."})
+
+    def __post_init__(self) -> None:
+        if len(self.num_samples) == 1:
+            self.num_samples = self.num_samples * len(self.datasets)
+        if len(self.num_samples) != len(self.datasets) or min(self.num_samples) < 1:
+            raise ValueError(
+                f"--num_samples must be one number for all {len(self.datasets)} datasets or one for each, at least 1, "
+                f"got {self.num_samples}."
+            )
+        if self.temperature <= 0:
+            raise ValueError(f"--temperature must be above 0, got {self.temperature}.")
+        if self.backend not in BACKENDS:
+            raise ValueError(f"--backend must be one of {', '.join(BACKENDS)}, got {self.backend!r}.")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A dataset to measure on."""
+
+    label: str
+    problems: Dataset
+    num_samples: int
+
+
+def load_tasks(args: EvaluationArguments) -> list[Task]:
+    """Load every dataset."""
+    tasks = []
+    for specification, num_samples in zip(args.datasets, args.num_samples, strict=True):
+        name, split, config = parse_dataset(specification)
+        problems = load_problems(
+            name,
+            split,
+            config=config,
+            prompt_column=args.prompt_column,
+            solution_column=args.solution_column,
+            instruction=args.instruction,
+            system_prompt=args.system_prompt,
+            num_arithmetic=args.num_problems or 512,
+        )
+        if args.num_problems is not None:
+            problems = problems.select(range(min(args.num_problems, len(problems))))
+        label = Path(name).stem if Path(name).is_file() else short_name(specification)
+        tasks.append(Task(label, problems, num_samples))
+    return tasks
+
+
+def complete(
+    path: Path,
+    units: list[list[tuple[int, int]]],
+    ids: Sequence[str],
+    work: Callable[[list[tuple[int, int]]], Sequence[Any]],
+    what: str,
+    state: PartialState,
+) -> None:
+    """
+    Do what is left of some units of work, each process in turn, appending what comes out to a file.
+
+    A unit is a list of (problem, sample) numbers. It is done, or done again, as a whole, by one process in one batch:
+    what it gives depends neither on the number of processes nor on where an earlier run was stopped.
+    """
+    there = {(record["problem"], record["sample"]) for record in read_parts(path)}
+    left = [unit for unit in units if not all((ids[problem], sample) in there for problem, sample in unit)]
+    state.wait_for_everyone()  # all have seen the same records before any of them writes
+    start = time.perf_counter()
+    mine = left[state.process_index :: state.num_processes]
+    for number, unit in enumerate(mine, start=1):
+        append_records(part_path(path, state.process_index), work(unit))
+        if number % max(len(mine) // 10, 1) == 0 or number == len(mine):
+            seconds = (time.perf_counter() - start) / number * (len(mine) - number)
+            state.print(f"  {path.stem}: {number}/{len(mine)} batches of {what}, {seconds:.0f} s left")
+    state.wait_for_everyone()
+    if state.is_main_process:
+        merge_parts(path, ids)
+    state.wait_for_everyone()
+
+
+class Policy:
+    """A checkpoint with its tokenizer; weights and engines are loaded when they are first needed."""
+
+    def __init__(self, checkpoint: Checkpoint, args: EvaluationArguments, device: torch.device) -> None:
+        self.checkpoint, self.args, self.device = checkpoint, args, device
+        has_own = (Path(checkpoint.path) / "tokenizer_config.json").is_file() or not checkpoint.is_adapter
+        self.tokenizer = AutoTokenizer.from_pretrained(checkpoint.path if has_own else checkpoint.base)
+        self._model: Any = None
+        self._sampler: Any = None
+
+    @property
+    def model(self) -> Any:
+        if self._model is None:
+            self._model = AutoModelForCausalLM.from_pretrained(self.checkpoint.base, dtype=self.args.dtype)
+            if self.checkpoint.is_adapter:
+                self._model = PeftModel.from_pretrained(self._model, self.checkpoint.path).merge_and_unload()
+            self._model.to(self.device).eval()
+        return self._model
+
+    @property
+    def sampler(self) -> Any:
+        if self._sampler is None:
+            settings: dict[str, Any] = {
+                "max_new_tokens": self.args.max_new_tokens,
+                "temperature": self.args.temperature,
+            }
+            if use_vllm(self.args):
+                from ..evaluation.vllm_sampling import VllmSampler
+
+                adapter = self.checkpoint.path if self.checkpoint.is_adapter else None
+                self._sampler = VllmSampler(
+                    self.checkpoint.base, self.tokenizer, adapter=adapter, dtype=self.args.dtype, **settings
+                )
+            else:
+                self._sampler = TransformersSampler(self.model, self.tokenizer, **settings)
+        return self._sampler
+
+
+def records_path(args: EvaluationArguments, checkpoint: Checkpoint, task: Task) -> Path:
+    return Path(args.output_dir) / "records" / checkpoint.label / f"{task.label}.jsonl"
+
+
+def sample_task(policy: Policy, task: Task, args: EvaluationArguments, state: PartialState) -> None:
+    """Sample and judge the completions of one checkpoint on one dataset."""
+    problems = list(fit_to_tokenizer(task.problems, policy.tokenizer))
+    ids = [problem["id"] for problem in problems]
+    prompts = [tokenize_prompt(policy.tokenizer, problem["prompt"]) for problem in problems]
+    # Prompts of like lengths share a batch, the longest first, as they take longest.
+    order = sorted(range(len(ids)), key=lambda number: (-len(prompts[number]), number))
+    rows = [(number, sample) for number in order for sample in range(task.num_samples)]
+
+    def work(unit: list[tuple[int, int]]) -> list[Record]:
+        seeds = [record_seed(args.seed, task.label, ids[number], sample) for number, sample in unit]
+        completions = policy.sampler.sample([prompts[number] for number, _ in unit], seeds)
+        return judge([(problems[number], sample) for number, sample in unit], completions)
+
+    path = records_path(args, policy.checkpoint, task)
+    facts = {**_sampling_facts(policy.checkpoint, args), "problems": _digest(problems), "samples": task.num_samples}
+    check_settings(path, facts, state)
+    complete(path, _cut(rows, args.batch_size), ids, work, "sampling", state)
+
+
+def score_task(
+    policy: Policy, base: Policy, task: Task, records: list[Any], args: EvaluationArguments, state: PartialState
+) -> list[Any]:
+    """Entropy, and KL to the base model, of the completions of one checkpoint on one dataset."""
+    problems = fit_to_tokenizer(task.problems, policy.tokenizer)
+    ids = list(problems["id"])
+    prompts = [tokenize_prompt(policy.tokenizer, prompt) for prompt in problems["prompt"]]
+    sampled = {(record["problem"], record["sample"]): record["token_ids"] for record in records}
+    rows = [(number, sample) for number in range(len(ids)) for sample in range(task.num_samples)]
+    rows.sort(key=lambda row: (-len(prompts[row[0]]) - len(sampled[ids[row[0]], row[1]]), row))
+
+    def work(unit: list[tuple[int, int]]) -> list[dict[str, Any]]:
+        batch = [prompts[number] for number, _ in unit], [sampled[ids[number], sample] for number, sample in unit]
+        own, others = (score_completions(one.model, *batch, temperature=args.temperature) for one in (policy, base))
+        return [
+            {
+                "problem": ids[number],
+                "sample": sample,
+                **shift(scores, other),
+            }
+            for (number, sample), scores, other in zip(unit, own, others, strict=True)
+        ]
+
+    path = Path(args.output_dir) / "scores" / policy.checkpoint.label / f"{task.label}.jsonl"
+    facts = {
+        **_sampling_facts(policy.checkpoint, args),
+        "base": base.checkpoint.fingerprint(),
+        "completions": _digest(records),
+    }
+    check_settings(path, facts, state)
+    complete(path, _cut(rows, args.scoring_batch_size), ids, work, "scoring", state)
+    return [{**record, **score} for record, score in zip(records, read_records(path), strict=True)]
+
+
+def check_settings(path: Path, facts: dict[str, Any], state: PartialState) -> None:
+    """Records of other weights, problems or settings must not be continued: refuse them on all processes alike."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = path.with_suffix(".settings.json")
+    facts = json.loads(json.dumps(facts))
+    if written.is_file():
+        before = json.loads(written.read_text())
+        if before != facts:
+            changed = sorted(name for name in facts.keys() | before.keys() if facts.get(name) != before.get(name))
+            raise ValueError(
+                f"{path} must be continued with the settings that it was begun with; changed: {', '.join(changed)}. "
+                "Use another --output_dir, or delete these records."
+            )
+    state.wait_for_everyone()
+    if state.is_main_process and not written.is_file():
+        written.write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def use_vllm(args: EvaluationArguments) -> bool:
+    return args.backend == "vllm" or (args.backend == "auto" and importlib.util.find_spec("vllm") is not None)
+
+
+def claim_gpu(state: PartialState) -> None:
+    """Show this process its own GPU alone: its vLLM engine takes the first that it sees."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    index = state.device.index or 0
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[index] if visible else str(index)
+
+
+def check_names(what: str, names: Sequence[str], given: Sequence[str]) -> None:
+    """Names become folders and rows of a table, so that no two may be the same."""
+    if len(set(names)) != len(given):
+        raise ValueError(f"--{what} must differ from each other in name, got {given}.")
+
+
+def sample_all(
+    checkpoints: Sequence[Checkpoint], tasks: list[Task], args: EvaluationArguments, state: PartialState
+) -> None:
+    """Sample from every checkpoint before any is scored: an engine wants the memory that scoring would hold."""
+    for checkpoint in checkpoints:
+        state.print(f"sampling from {checkpoint.label}")
+        policy = Policy(checkpoint, args, state.device)
+        for task in tasks:
+            sample_task(policy, task, args, state)
+        del policy
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def measure_all(
+    methods: dict[str, list[Checkpoint]],
+    base: Policy | None,
+    tasks: list[Task],
+    args: EvaluationArguments,
+    state: PartialState,
+) -> tuple[dict[str, dict[str, dict[str, Metrics]]], int]:
+    """Metrics by method, checkpoint and dataset (on the main process), and how many completions have no reward."""
+    metrics: dict[str, dict[str, dict[str, Metrics]]] = {}
+    unscorable = 0
+    for method, checkpoints in methods.items():
+        metrics[method] = {}
+        for checkpoint in checkpoints:
+            state.print(f"measuring {checkpoint.label}")
+            policy = Policy(checkpoint, args, state.device)
+            found = metrics[method][checkpoint.label] = {}
+            for task in tasks:
+                records = read_records(records_path(args, checkpoint, task))
+                unscorable += sum(record["reward"] is None for record in records)
+                if base is not None:
+                    records = score_task(policy, base, task, records, args, state)
+                if state.is_main_process:
+                    found[task.label] = problem_metrics(records)
+    return metrics, unscorable
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any] | None:
+    start = time.perf_counter()
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = TrlParser((EvaluationArguments,))
+    (args,) = parser.parse_args_and_config(arguments or ["--config", str(QUICKSTART)])
+    disable_progress_bars()
+    transformers_logging.disable_progress_bar()
+    # One process may wait hours for another's last batch.
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
+    if state.device.type == "cuda" and use_vllm(args):
+        claim_gpu(state)
+
+    methods = {short_name(model): find_checkpoints(model, args.last_checkpoints) for model in args.models}
+    tasks = load_tasks(args)
+    check_names("models", list(methods), args.models)
+    check_names("datasets", [task.label for task in tasks], args.datasets)
+    base = None
+    if args.base_model is not None:
+        (base_checkpoint,) = find_checkpoints(args.base_model, last=0)
+        base = Policy(base_checkpoint, args, state.device)
+
+    sample_all([checkpoint for checkpoints in methods.values() for checkpoint in checkpoints], tasks, args, state)
+    metrics, unscorable = measure_all(methods, base, tasks, args, state)
+    if not state.is_main_process:
+        return None
+    return write_report(
+        Path(args.output_dir),
+        {
+            method: {task.label: average([one[task.label] for one in each.values()]) for task in tasks}
+            for method, each in metrics.items()
+        },
+        {method: each for method, each in metrics.items() if len(each) > 1},
+        arguments=asdict(args),
+        problems={task.label: len(task.problems) for task in tasks},
+        processes=state.num_processes,
+        unscorable=unscorable,
+        seconds=round(time.perf_counter() - start, 1),
+    )
+
+
+def _cut(rows: list[Any], size: int) -> list[list[Any]]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def _sampling_facts(checkpoint: Checkpoint, args: EvaluationArguments) -> dict[str, Any]:
+    names = ("temperature", "max_new_tokens", "batch_size", "seed", "dtype")
+    backend = "vllm" if use_vllm(args) else "transformers"
+    return {"model": checkpoint.fingerprint(), "backend": backend, **{name: getattr(args, name) for name in names}}
+
+
+def _digest(rows: Any) -> str:
+    return hashlib.sha256(json.dumps(list(rows)).encode()).hexdigest()
+
+
+if __name__ == "__main__":
+    main()

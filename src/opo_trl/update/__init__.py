@@ -1,0 +1,1 @@
+"""How one exact optimizer step is computed cheaply."""
