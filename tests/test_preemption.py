@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 
-from opo_trl.checkpoints import newest_whole
+from opo_trl.checkpoints import latest_complete
 from opo_trl.preemption import EXIT_CODE
 from test_resume import PROMPTS, STEPS, sampling_trainer
 from tiny import tiny_model
@@ -46,7 +46,7 @@ def test_a_run_that_is_asked_to_stop_saves_its_step_and_goes_on_to_the_same_bits
     assert signal.getsignal(signal.SIGTERM) is handler
     assert trainer.state.global_step == 5
     assert not any("eval_reward" in entry for entry in trainer.state.log_history), "no time for an evaluation"
-    assert newest_whole(tmp_path / "asked") == (tmp_path / "asked" / "checkpoint-5", {})
+    assert latest_complete(tmp_path / "asked") == (tmp_path / "asked" / "checkpoint-5", {})
 
     again = sampling_trainer(tmp_path / "asked", tiny_model(), save_strategy="no")
     again.train(resume_from_checkpoint=True)

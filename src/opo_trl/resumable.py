@@ -16,7 +16,7 @@ from transformers.integrations.integration_utils import WandbCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import GRPOTrainer
 
-from .checkpoints import MARKER, mark_whole, newest_whole, unmark, what_is_missing
+from .checkpoints import MARKER, incomplete_reason, latest_complete, mark_complete, unmark
 from .epoch_order import EpochOrder
 from .preemption import EXIT_CODE, Preemption
 from .tracking import ContinuedWandb
@@ -33,8 +33,8 @@ class ResumableTrainer(GRPOTrainer):
     [`~trl.GRPOTrainer`] with promises about what is saved and what a resumed run does.
 
     1. Each epoch has an order of its own that a resumed run finds again ([`~opo_trl.epoch_order.EpochOrder`]).
-    2. A checkpoint counts when it is whole ([`~opo_trl.checkpoints.mark_whole`]), and none is deleted before the next
-       one is.
+    2. A checkpoint counts when it is complete ([`~opo_trl.checkpoints.mark_complete`]), and none is deleted before the
+       next one is.
     3. A loss or a gradient that is not finite stops the run on all ranks before anything of its step is saved.
     4. An evaluation before training does not keep gradients from being averaged.
     5. After a SIGTERM the run saves at the next step boundary, all ranks alike, and exits with code 75, without
@@ -80,7 +80,7 @@ class ResumableTrainer(GRPOTrainer):
         """
         self._forget_evaluation()
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = self._newest_whole_checkpoint()
+            resume_from_checkpoint = self._latest_complete_checkpoint()
         elif resume_from_checkpoint:
             self._check_named_checkpoint(Path(resume_from_checkpoint))
         if self._wandb is not None and resume_from_checkpoint:
@@ -99,8 +99,8 @@ class ResumableTrainer(GRPOTrainer):
         flag = torch.tensor(int(value), device=self.accelerator.device)
         return bool(self.accelerator.reduce(flag, reduction="sum").item())
 
-    def _newest_whole_checkpoint(self) -> str:
-        found = newest_whole(Path(self.args.output_dir)) if self.accelerator.is_main_process else None
+    def _latest_complete_checkpoint(self) -> str:
+        found = latest_complete(Path(self.args.output_dir)) if self.accelerator.is_main_process else None
         checkpoint, passed_over = broadcast_object_list([found])[0]  # one rank looks, all of them go on from there
         reasons = "; ".join(f"{name}: {reason}" for name, reason in passed_over.items())
         if checkpoint is None:
@@ -116,7 +116,7 @@ class ResumableTrainer(GRPOTrainer):
     def _check_named_checkpoint(self, checkpoint: Path) -> None:
         """Refuse a checkpoint that lacks what its marker lists, as after half a download; it may have no marker."""
         has_marker = self.accelerator.is_main_process and (checkpoint / MARKER).exists()
-        (missing,) = broadcast_object_list([what_is_missing(checkpoint) if has_marker else None])
+        (missing,) = broadcast_object_list([incomplete_reason(checkpoint) if has_marker else None])
         if missing is not None:
             raise ValueError(
                 f"resume_from_checkpoint needs a whole checkpoint, got {str(checkpoint)!r}: {missing}. Copy or "
@@ -143,7 +143,7 @@ class ResumableTrainer(GRPOTrainer):
             # so their collectives break or their launcher ends them.
             raise self._not_saved(directory, failure) from failure
         self._agree_on_saved(directory, failure)
-        self._on_main_process(mark_whole, directory)
+        self._on_main_process(mark_complete, directory)
         self._rotate_checkpoints(directory.parent)
 
     def _rotate_checkpoints(self, run_directory: Path) -> None:
@@ -172,7 +172,7 @@ class ResumableTrainer(GRPOTrainer):
             raise self._not_saved(checkpoint, failure) from failure
 
     def _not_saved(self, checkpoint: Path, failure: BaseException | None) -> CheckpointNotSaved:
-        whole, _ = newest_whole(checkpoint.parent)
+        whole, _ = latest_complete(checkpoint.parent)
         return CheckpointNotSaved(
             f"{checkpoint} could not be saved: {failure or 'another rank failed, see its message'}. "
             + (f"{whole} is whole: make room and go on from there." if whole else "There is no other checkpoint.")
