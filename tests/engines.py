@@ -227,6 +227,8 @@ def check_bad_number(folder: Path) -> None:
         assert f"The loss must be finite: it is {BAD_NUMBERS[folder.name]} in step 2, on rank [1]" in messages[0]
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-1"]
     assert latest_complete(folder)[0] == folder / "checkpoint-1"
+    saved = torch.load(folder / "checkpoint-1" / "training_args.bin", weights_only=False)
+    assert (saved.save_total_limit, saved.hub_token) == (3, None)
 
 
 def relative_difference(outcome: Outcome, reference: Outcome, case: str) -> float:

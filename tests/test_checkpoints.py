@@ -1,8 +1,10 @@
 """A checkpoint counts only when it is whole, and training that has gone bad is not saved."""
 
+import copy
 import errno
 import json
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -12,10 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from trl import GRPOConfig
 
+from opo_trl import OPOConfig
 from opo_trl.checkpoints import MARKER, incomplete_reason, latest_complete, mark_complete, unmark
+from opo_trl.hub import UnpickledToken
+from opo_trl.pushing import PushingTrainer
 from test_resume import sampling_trainer
-from tiny import scripted_trainer, tiny_model
+from tiny import scripted_dataset, scripted_reward, scripted_trainer, tiny_model, tiny_tokenizer
 
 KILLED_RUN = Path(__file__).with_name("killed_run.py")
 
@@ -105,6 +111,45 @@ def test_the_last_checkpoint_is_deleted_only_when_the_next_is_whole(tmp_path, mo
     sampling_trainer(tmp_path, tiny_model(), save_total_limit=1).train()
     assert there[1] == {"checkpoint-1", "checkpoint-2"}
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-8"]
+
+
+def test_the_saved_arguments_are_those_of_the_user_without_the_token(tmp_path):
+    trainer = sampling_trainer(tmp_path, tiny_model(), num_steps=4, save_total_limit=2, hub_token="hf_secret")
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    assert {path.name for path in tmp_path.iterdir()} >= {"checkpoint-3", "checkpoint-4", "saved"}
+    for folder in ("checkpoint-3", "checkpoint-4", "saved"):
+        saved = torch.load(tmp_path / folder / "training_args.bin", weights_only=False)
+        assert (type(saved), saved.save_total_limit, saved.hub_token) == (OPOConfig, 2, None)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not [path for path in files if b"hf_secret" in path.read_bytes()]
+    assert (trainer.args.save_total_limit, trainer.args.hub_token) == (2, "hf_secret")
+    assert type(trainer.args.hub_token) is str
+
+
+def test_a_token_is_kept_out_of_the_arguments_of_a_plain_grpo_run(tmp_path):
+    config = GRPOConfig(str(tmp_path), use_cpu=True, bf16=False, num_generations=4, hub_token="hf_secret")
+    trainer = PushingTrainer(
+        tiny_model(),
+        scripted_reward,
+        config,
+        train_dataset=scripted_dataset(),
+        processing_class=tiny_tokenizer(),
+    )
+    trainer.save_model(str(tmp_path / "saved"))
+    saved = tmp_path / "saved" / "training_args.bin"
+    assert b"hf_secret" not in saved.read_bytes()
+    assert type(torch.load(saved, weights_only=False)) is GRPOConfig
+    assert trainer.args.hub_token == "hf_secret"
+
+
+def test_a_token_can_be_used_and_copied_while_it_is_kept_out_of_a_pickle():
+    """An upload that starts meanwhile sends it."""
+    token = UnpickledToken("hf_secret")
+    assert token == "hf_secret"
+    assert f"Bearer {token}" == "Bearer hf_secret"
+    assert copy.deepcopy({"token": token}) == copy.copy({"token": token}) == {"token": "hf_secret"}
+    assert pickle.loads(pickle.dumps({"token": token})) == {"token": None}
 
 
 def test_a_full_disk_is_said_and_costs_no_checkpoint(tmp_path):

@@ -2,7 +2,8 @@
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from datasets import Dataset
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.nn.parallel import DistributedDataParallel
+from transformers import TrainingArguments
 from transformers.integrations.integration_utils import WandbCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import GRPOTrainer
@@ -26,6 +28,19 @@ logger = logging.getLogger(__name__)
 
 class CheckpointNotSaved(RuntimeError):
     """A checkpoint could not be saved, and all ranks that can hear of it have."""
+
+
+@contextmanager
+def overridden(args: TrainingArguments, **fields: Any) -> Iterator[None]:
+    """Set fields of the training arguments, and set them back at the end."""
+    given = {name: getattr(args, name) for name in fields}
+    for name, value in fields.items():
+        setattr(args, name, value)
+    try:
+        yield
+    finally:
+        for name, value in given.items():
+            setattr(args, name, value)
 
 
 class ResumableTrainer(GRPOTrainer):
@@ -48,6 +63,7 @@ class ResumableTrainer(GRPOTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._loss_of_step = torch.zeros(())  # of this rank, so far
+        self._fields_of_user: dict[str, Any] = {}  # of `args`, as the user set them, while a save overrides them
         self._preemption = Preemption(self._any_rank)
         self.add_callback(self._preemption)
         self._wandb: ContinuedWandb | None = None
@@ -126,18 +142,20 @@ class ResumableTrainer(GRPOTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         directory = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         self._on_main_process(unmark, directory)
-        limit, self.args.save_total_limit = self.args.save_total_limit, None  # nothing is deleted before this is whole
         failure: BaseException | None = None
         try:
             if self._wandb is not None and self.accelerator.is_main_process:
                 self._wandb.keep_run(directory)
-            super()._save_checkpoint(model, trial)
+            # The parent ends by deleting older checkpoints: that waits until this one is complete.
+            self._fields_of_user = {"save_total_limit": self.args.save_total_limit}
+            with overridden(self.args, save_total_limit=None):
+                super()._save_checkpoint(model, trial)
         except CheckpointNotSaved:
             raise
         except (Exception, CheckpointException) as error:  # the second, of torch, is no Exception
             failure = error
         finally:
-            self.args.save_total_limit = limit
+            self._fields_of_user = {}
         if failure is not None and self._saves_in_collectives():
             # The others wait for this rank inside of the save: to wait for them would be a deadlock. This rank ends,
             # so their collectives break or their launcher ends them.
@@ -145,6 +163,10 @@ class ResumableTrainer(GRPOTrainer):
         self._agree_on_saved(directory, failure)
         self._on_main_process(mark_complete, directory)
         self._rotate_checkpoints(directory.parent)
+
+    def _save(self, *args: Any, **kwargs: Any) -> None:
+        with overridden(self.args, **self._fields_of_user):  # the parent pickles `self.args` into training_args.bin
+            super()._save(*args, **kwargs)
 
     def _rotate_checkpoints(self, run_directory: Path) -> None:
         """Delete what exceeds `save_total_limit`."""
