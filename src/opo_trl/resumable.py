@@ -21,9 +21,11 @@ from trl import GRPOTrainer
 from .checkpoints import MARKER, incomplete_reason, latest_complete, mark_complete, unmark
 from .epoch_order import EpochOrder
 from .preemption import EXIT_CODE, Preemption
+from .tested_trl import check_trl
 from .tracking import ContinuedWandb
 
 logger = logging.getLogger(__name__)
+check_trl()
 
 
 class CheckpointNotSaved(RuntimeError):
