@@ -5,7 +5,7 @@
 #   make test-slow the slow ones
 #   make test-vllm those that need vLLM, in an environment of their own (Linux; 2 GB)
 #   make test-lowest  on the lowest versions that pyproject.toml admits, in an environment of their own
-#   make test-trl  on the newest TRL, if it is not the tested one; TRL=1.17.0 names another
+#   make test-trl  on the newest TRL that is admitted, unless it is the tested one; TRL=1.17.0 names another
 #   make build     wheel and sdist, in dist/
 #   make test-build   install the wheel in a clean environment, and run README's Python there
 #   make benchmark the update and the reward against TRL's, about 27 minutes

@@ -52,6 +52,8 @@ SAVING = {
     "max_steps": 3,
     "save_strategy": "steps",
     "save_steps": 1,
+    "save_total_limit": 3,
+    "hub_token": "hf_secret",
 }
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from opo_trl import OPOTrainer
-from opo_trl.runs.checkpoints import newest_whole
+from opo_trl.runs.checkpoints import latest_complete
 from tiny import relative_error, rollout_with_empty_completions, scripted_dataset, scripted_trainer, tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -238,7 +238,9 @@ def check_bad_number(folder: Path) -> None:
     else:
         assert f"The loss must be finite: it is {BAD_NUMBERS[folder.name]} in step 2, on rank [1]" in messages[0]
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-1"]
-    assert newest_whole(folder)[0] == folder / "checkpoint-1"
+    assert latest_complete(folder)[0] == folder / "checkpoint-1"
+    saved = torch.load(folder / "checkpoint-1" / "training_args.bin", weights_only=False)
+    assert (saved.save_total_limit, saved.hub_token) == (3, None)
 
 
 def relative_difference(outcome: Outcome, reference: Outcome, case: str) -> float:

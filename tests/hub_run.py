@@ -23,7 +23,7 @@ from huggingface_hub import snapshot_download
 from transformers import TrainerCallback
 
 from opo_trl import OPOConfig, OPOTrainer
-from opo_trl.runs.checkpoints import newest_whole, what_is_missing
+from opo_trl.runs.checkpoints import incomplete_reason, latest_complete
 from test_preemption import AskedInTheMiddle
 from test_resume import letters_reward, sampling_trainer
 from tiny import scripted_dataset, tiny_config, tiny_model, tiny_tokenizer
@@ -113,7 +113,7 @@ def quota(output_dir):
             call()
         except Exception as error:
             raised.append((type(error).__name__, str(error)))
-    return {**trained, "raised": raised, "final": newest_whole(output_dir)[0].name}
+    return {**trained, "raised": raised, "final": latest_complete(output_dir)[0].name}
 
 
 def interrupted_and_resumed(output_dir):
@@ -134,7 +134,7 @@ def interrupted_and_resumed(output_dir):
     expected, actual = whole.model.state_dict(), again.model.state_dict()
     return {
         **outcome(again),
-        "missing": what_is_missing(downloaded),
+        "missing": incomplete_reason(downloaded),
         "resumed at": json.loads((downloaded / "trainer_state.json").read_text())["global_step"],
         "same bits": all(torch.equal(actual[name], expected[name]) for name in expected),
     }
@@ -154,7 +154,7 @@ def preempted(output_dir):
     try:
         trainer.train()
     except SystemExit as ended:
-        return {"code": ended.code, "whole": newest_whole(output_dir)[0].name}
+        return {"code": ended.code, "whole": latest_complete(output_dir)[0].name}
 
 
 REFUSED = {

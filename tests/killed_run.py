@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
-from opo_trl.runs.checkpoints import MARKER, newest_whole
+from opo_trl.runs.checkpoints import MARKER, latest_complete
 from test_resume import sampling_trainer
 from tiny import tiny_model
 
@@ -51,7 +51,7 @@ def main() -> None:
         kill_in_save(name, int(count))
     trainer = sampling_trainer(output_dir, tiny_model(), num_steps=40)
     trainer.add_callback(PrintSteps())
-    trainer.train(resume_from_checkpoint=newest_whole(output_dir)[0] is not None or None)
+    trainer.train(resume_from_checkpoint=latest_complete(output_dir)[0] is not None or None)
     torch.save(trainer.model.state_dict(), output_dir / "final.pt")
 
 

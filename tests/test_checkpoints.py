@@ -1,8 +1,10 @@
 """A checkpoint counts only when it is whole, and training that has gone bad is not saved."""
 
+import copy
 import errno
 import json
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -12,10 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from trl import GRPOConfig
 
-from opo_trl.runs.checkpoints import MARKER, mark_whole, newest_whole, unmark, what_is_missing
+from opo_trl import OPOConfig
+from opo_trl.runs.checkpoints import MARKER, incomplete_reason, latest_complete, mark_complete, unmark
+from opo_trl.runs.hub import UnpickledToken
+from opo_trl.runs.pushing import PushingTrainer
 from test_resume import sampling_trainer
-from tiny import scripted_trainer, tiny_model
+from tiny import scripted_dataset, scripted_reward, scripted_trainer, tiny_model, tiny_tokenizer
 
 KILLED_RUN = Path(__file__).with_name("killed_run.py")
 
@@ -26,37 +32,37 @@ def checkpoints(tmp_path):
         (tmp_path / f"checkpoint-{step}" / "shards").mkdir(parents=True)
         (tmp_path / f"checkpoint-{step}" / "weights").write_bytes(b"w" * step)
         (tmp_path / f"checkpoint-{step}" / "shards" / "rank-1").write_bytes(b"r" * step)
-    mark_whole(tmp_path / "checkpoint-2")
-    mark_whole(tmp_path / "checkpoint-9")
+    mark_complete(tmp_path / "checkpoint-2")
+    mark_complete(tmp_path / "checkpoint-9")
     return tmp_path
 
 
-def test_the_newest_whole_checkpoint_is_the_one_of_the_highest_step_with_a_marker(checkpoints):
-    found, passed_over = newest_whole(checkpoints)
+def test_the_latest_complete_checkpoint_is_the_one_of_the_highest_step_with_a_marker(checkpoints):
+    found, passed_over = latest_complete(checkpoints)
     assert found == checkpoints / "checkpoint-9"
     assert list(passed_over) == ["checkpoint-10"]
-    assert "did not come to its end" in passed_over["checkpoint-10"]
-    mark_whole(checkpoints / "checkpoint-10")
-    assert newest_whole(checkpoints) == (checkpoints / "checkpoint-10", {})
+    assert "did not finish" in passed_over["checkpoint-10"]
+    mark_complete(checkpoints / "checkpoint-10")
+    assert latest_complete(checkpoints) == (checkpoints / "checkpoint-10", {})
 
 
 def test_a_checkpoint_with_a_lost_or_cut_file_is_not_whole(checkpoints):
     (checkpoints / "checkpoint-9" / "shards" / "rank-1").unlink()
-    assert what_is_missing(checkpoints / "checkpoint-9") == "shards/rank-1 is missing"
+    assert incomplete_reason(checkpoints / "checkpoint-9") == "shards/rank-1 is missing"
     (checkpoints / "checkpoint-2" / "weights").write_bytes(b"w")
-    assert what_is_missing(checkpoints / "checkpoint-2") == "weights has 1 bytes instead of 2"
-    found, passed_over = newest_whole(checkpoints)
+    assert incomplete_reason(checkpoints / "checkpoint-2") == "weights has 1 bytes instead of 2"
+    found, passed_over = latest_complete(checkpoints)
     assert found is None
     assert list(passed_over) == ["checkpoint-10", "checkpoint-9", "checkpoint-2"]
 
 
 def test_a_checkpoint_that_is_being_written_anew_is_not_whole(checkpoints):
     unmark(checkpoints / "checkpoint-9")
-    assert what_is_missing(checkpoints / "checkpoint-9") is not None
-    assert newest_whole(checkpoints)[0] == checkpoints / "checkpoint-2"
+    assert incomplete_reason(checkpoints / "checkpoint-9") is not None
+    assert latest_complete(checkpoints)[0] == checkpoints / "checkpoint-2"
 
 
-def test_resuming_takes_the_newest_whole_checkpoint_and_says_what_it_passed_over(tmp_path, caplog):
+def test_resuming_takes_the_latest_complete_checkpoint_and_says_what_it_passed_over(tmp_path, caplog):
     sampling_trainer(tmp_path, tiny_model()).train()
     (tmp_path / "checkpoint-8" / MARKER).unlink()
     (tmp_path / "checkpoint-7" / "optimizer.pt").write_bytes(b"cut")
@@ -70,7 +76,7 @@ def test_resuming_takes_the_newest_whole_checkpoint_and_says_what_it_passed_over
     assert min(steps) == 6
     assert "checkpoint-8" in caplog.text
     assert "optimizer.pt has 3 bytes" in caplog.text
-    assert what_is_missing(tmp_path / "checkpoint-8") is None, "written anew"
+    assert incomplete_reason(tmp_path / "checkpoint-8") is None, "written anew"
 
 
 def test_a_named_checkpoint_must_have_what_its_marker_lists(tmp_path):
@@ -99,12 +105,51 @@ def test_the_last_checkpoint_is_deleted_only_when_the_next_is_whole(tmp_path, mo
 
     def look(checkpoint):
         there.append({path.name for path in tmp_path.glob("checkpoint-*")})
-        mark_whole(checkpoint)
+        mark_complete(checkpoint)
 
-    monkeypatch.setattr("opo_trl.runs.resumable.mark_whole", look)
+    monkeypatch.setattr("opo_trl.runs.resumable.mark_complete", look)
     sampling_trainer(tmp_path, tiny_model(), save_total_limit=1).train()
     assert there[1] == {"checkpoint-1", "checkpoint-2"}
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-8"]
+
+
+def test_the_saved_arguments_are_those_of_the_user_without_the_token(tmp_path):
+    trainer = sampling_trainer(tmp_path, tiny_model(), num_steps=4, save_total_limit=2, hub_token="hf_secret")
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    assert {path.name for path in tmp_path.iterdir()} >= {"checkpoint-3", "checkpoint-4", "saved"}
+    for folder in ("checkpoint-3", "checkpoint-4", "saved"):
+        saved = torch.load(tmp_path / folder / "training_args.bin", weights_only=False)
+        assert (type(saved), saved.save_total_limit, saved.hub_token) == (OPOConfig, 2, None)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not [path for path in files if b"hf_secret" in path.read_bytes()]
+    assert (trainer.args.save_total_limit, trainer.args.hub_token) == (2, "hf_secret")
+    assert type(trainer.args.hub_token) is str
+
+
+def test_a_token_is_kept_out_of_the_arguments_of_a_plain_grpo_run(tmp_path):
+    config = GRPOConfig(str(tmp_path), use_cpu=True, bf16=False, num_generations=4, hub_token="hf_secret")
+    trainer = PushingTrainer(
+        tiny_model(),
+        scripted_reward,
+        config,
+        train_dataset=scripted_dataset(),
+        processing_class=tiny_tokenizer(),
+    )
+    trainer.save_model(str(tmp_path / "saved"))
+    saved = tmp_path / "saved" / "training_args.bin"
+    assert b"hf_secret" not in saved.read_bytes()
+    assert type(torch.load(saved, weights_only=False)) is GRPOConfig
+    assert trainer.args.hub_token == "hf_secret"
+
+
+def test_a_token_can_be_used_and_copied_while_it_is_kept_out_of_a_pickle():
+    """An upload that starts meanwhile sends it."""
+    token = UnpickledToken("hf_secret")
+    assert token == "hf_secret"
+    assert f"Bearer {token}" == "Bearer hf_secret"
+    assert copy.deepcopy({"token": token}) == copy.copy({"token": token}) == {"token": "hf_secret"}
+    assert pickle.loads(pickle.dumps({"token": token})) == {"token": None}
 
 
 def test_a_full_disk_is_said_and_costs_no_checkpoint(tmp_path):
@@ -120,7 +165,7 @@ def test_a_full_disk_is_said_and_costs_no_checkpoint(tmp_path):
     trainer._save_optimizer_and_scheduler = run_out_of_space
     with pytest.raises(RuntimeError, match=r"checkpoint-3 could not be saved: .*No space left.*checkpoint-2 is whole"):
         trainer.train()
-    assert newest_whole(tmp_path)[0] == tmp_path / "checkpoint-2"
+    assert latest_complete(tmp_path)[0] == tmp_path / "checkpoint-2"
     again = sampling_trainer(tmp_path, tiny_model())
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == 8
@@ -137,7 +182,7 @@ def test_a_gradient_that_is_not_finite_stops_training_before_anything_changes(tm
         trainer.train()
     assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
-    assert newest_whole(tmp_path)[0] == tmp_path / "checkpoint-1"
+    assert latest_complete(tmp_path)[0] == tmp_path / "checkpoint-1"
 
 
 @pytest.mark.parametrize("skip_uninformative", [True, False])
@@ -209,12 +254,12 @@ def test_a_marker_that_cannot_be_written_is_said_and_costs_no_checkpoint(tmp_pat
     def fail_at_the_third(checkpoint):
         if checkpoint.name == "checkpoint-3":
             raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
-        mark_whole(checkpoint)
+        mark_complete(checkpoint)
 
-    monkeypatch.setattr("opo_trl.runs.resumable.mark_whole", fail_at_the_third)
+    monkeypatch.setattr("opo_trl.runs.resumable.mark_complete", fail_at_the_third)
     with pytest.raises(RuntimeError, match=r"checkpoint-3 could not be saved: .*quota exceeded.*checkpoint-2 is whole"):
         sampling_trainer(tmp_path, tiny_model(), save_total_limit=1).train()
-    assert newest_whole(tmp_path)[0] == tmp_path / "checkpoint-2"
+    assert latest_complete(tmp_path)[0] == tmp_path / "checkpoint-2"
 
 
 def run_until_killed(output_dir, kill_in_save=None, kill_after=None):
@@ -245,7 +290,7 @@ def test_a_run_killed_ten_times_ends_in_the_same_bits(tmp_path):
     for kill_in_save in ("config.json:2", "tokenizer_config.json:1", "trainer_state.json:2", f"{MARKER}:1"):
         status, printed = run_until_killed(tmp_path / "killed", kill_in_save=kill_in_save)
         assert status == -signal.SIGKILL, printed
-        assert newest_whole(tmp_path / "killed")[1], "a checkpoint was left unfinished"
+        assert latest_complete(tmp_path / "killed")[1], "a checkpoint was left unfinished"
     for _ in range(6):
         moment = moments.randint(1, 3), moments.uniform(0, 0.05)  # steps, and seconds on top
         assert run_until_killed(tmp_path / "killed", kill_after=moment)[0] == -signal.SIGKILL

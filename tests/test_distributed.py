@@ -16,7 +16,7 @@ from engines import (
     single_process,
     two_processes,
 )
-from opo_trl.runs.checkpoints import newest_whole, what_is_missing
+from opo_trl.runs.checkpoints import incomplete_reason, latest_complete
 from tiny import SCRIPT
 
 QUICK = ["full", "full, evaluated first", "full, uncertainty", "full, empty completions"]
@@ -102,7 +102,7 @@ def test_a_rank_that_is_asked_to_stop_stops_all_and_they_go_on_to_the_same_bits(
         ended = json.loads((runs[1] / case / f"ended.{rank}").read_text())
         assert ended == {"code": 75, "step": 5, "same bits": True, "last step": 8}
     asked = runs[1] / case / "asked"
-    assert what_is_missing(asked / "checkpoint-5") is None
+    assert incomplete_reason(asked / "checkpoint-5") is None
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= {path.name for path in (asked / "checkpoint-5").iterdir()}
 
 
@@ -116,4 +116,4 @@ def test_a_full_disk_on_one_rank_is_said_on_both_and_costs_no_checkpoint(runs):
     assert "checkpoint-2 could not be saved: another rank failed" in messages[0]
     assert "checkpoint-2 could not be saved: [Errno 28] No space left on device" in messages[1]
     assert all("checkpoint-1 is whole: make room and go on from there" in message for message in messages)
-    assert newest_whole(runs[1] / FULL_DISK)[0].name == "checkpoint-1"
+    assert latest_complete(runs[1] / FULL_DISK)[0].name == "checkpoint-1"

@@ -21,7 +21,7 @@ from engines import (
     single_process,
     two_processes,
 )
-from opo_trl.runs.checkpoints import newest_whole
+from opo_trl.runs.checkpoints import latest_complete
 
 SHARDED = {"fsdp2", "zero3"}
 REFUSED = {"zero2": ["mismatched accumulation"], "zero3": ["evaluated first"]}
@@ -108,7 +108,7 @@ def test_a_full_disk_on_one_rank_ends_both_within_the_engines_collectives(tmp_pa
     assert "checkpoint-2 could not be saved: [Errno 28] No space left on device" in message
     assert "checkpoint-1 is whole: make room and go on from there" in message
     assert message in end.printed, "and not in a file alone"
-    assert newest_whole(tmp_path / case)[0].name == "checkpoint-1"
+    assert latest_complete(tmp_path / case)[0].name == "checkpoint-1"
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import ModelCard
 
 from hub_stand_in import Fault, HubStandIn, Repository
-from opo_trl.runs.checkpoints import MARKER, newest_whole, what_is_missing
+from opo_trl.runs.checkpoints import MARKER, incomplete_reason, latest_complete
 from opo_trl.runs.hub import BackgroundPushes, PushError, describe_error
 
 TESTS = Path(__file__).parent
@@ -175,7 +175,7 @@ def test_a_push_that_fails_is_warned_about_and_repeated_and_costs_no_file(pushed
     assert repository.files["model.safetensors"] == (output_dir / "quota" / "model.safetensors").read_bytes()
     assert below(repository.files, "last-checkpoint") == local_files(output_dir / "quota" / "checkpoint-8")
     for step in (2, 4, 6, 8):
-        assert what_is_missing(output_dir / "quota" / f"checkpoint-{step}") is None
+        assert incomplete_reason(output_dir / "quota" / f"checkpoint-{step}") is None
 
 
 def test_a_run_goes_on_from_the_hub_to_the_same_bits(pushed):
@@ -265,7 +265,7 @@ def test_train_math_saves_everything_and_ends_with_an_error(pushed):
     assert run.returncode == 1
     assert run.stderr.count("Quota exceeded") > 1
     assert f"model saved to {output_dir}" in run.stdout
-    assert newest_whole(output_dir)[0] == output_dir / "checkpoint-4"
+    assert latest_complete(output_dir)[0] == output_dir / "checkpoint-4"
     final = (output_dir / "model.safetensors").read_bytes()
     assert final == (output_dir / "checkpoint-4" / "model.safetensors").read_bytes()
     listed = run.stderr.split("PushError: ")[-1]
@@ -288,7 +288,7 @@ def test_train_math_ends_with_an_error_when_the_hub_is_gone(tmp_path, chat_model
     run = train_math(hub, tmp_path / "home", train_math_arguments(chat_model_dir, problems, output_dir))
     assert run.returncode == 1
     assert "'End of training': ConnectError" in run.stderr
-    assert newest_whole(output_dir)[0] == output_dir / "checkpoint-4"
+    assert latest_complete(output_dir)[0] == output_dir / "checkpoint-4"
     assert len(hub.repositories["alice/math"].commits) == 2
 
 

@@ -4,6 +4,8 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from .tested_trl import check_trl
+
 if TYPE_CHECKING:
     from .config import OPOConfig
     from .trainer import OPOTrainer
@@ -18,6 +20,7 @@ _LAZY = {"OPOConfig": ".config", "OPOTrainer": ".trainer"}
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
+        check_trl()
         return getattr(import_module(_LAZY[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

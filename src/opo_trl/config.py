@@ -161,10 +161,6 @@ class OPOConfig(GRPOConfig):
         super().__post_init__()
         self.check_contract()
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave the token out: Trainer pickles its arguments into every checkpoint, and pushes them."""
-        return {**self.__dict__, "hub_token": None}
-
     def check_contract(self) -> None:
         """
         Refuse every setting that contradicts OPO.

@@ -1,4 +1,4 @@
-"""Which checkpoints are whole: a marker, written last, that lists what belongs to one."""
+"""Which checkpoints are complete: a marker, written last, lists the files of each."""
 
 import json
 import os
@@ -9,13 +9,13 @@ MARKER = "opo_checkpoint.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
-def mark_whole(checkpoint: Path) -> None:
+def mark_complete(checkpoint: Path) -> None:
     """
-    Declare a checkpoint whole: every file is on the disk, and the marker, which names them, comes after them.
+    Mark a checkpoint as complete: flush every file to the disk, then write the marker that lists them.
 
     Args:
         checkpoint (`Path`):
-            Directory in which all ranks have written everything.
+            Directory in which all ranks have written all their files.
     """
     files = {str(path.relative_to(checkpoint)): path for path in sorted(checkpoint.rglob("*")) if path.is_file()}
     files.pop(MARKER, None)
@@ -24,21 +24,21 @@ def mark_whole(checkpoint: Path) -> None:
     written = checkpoint / f"{MARKER}.part"
     written.write_text(json.dumps({"files": {name: path.stat().st_size for name, path in files.items()}}, indent=1))
     _flush(written)
-    written.replace(checkpoint / MARKER)  # at once: there is no half a marker
+    written.replace(checkpoint / MARKER)  # atomic: a partial marker is never seen
     _flush(checkpoint)
 
 
 def unmark(checkpoint: Path) -> None:
-    """Take the marker away before anything in a checkpoint is written anew."""
+    """Remove the marker before anything in a checkpoint is written again."""
     (checkpoint / MARKER).unlink(missing_ok=True)
 
 
-def what_is_missing(checkpoint: Path) -> str | None:
-    """Return why a checkpoint is not whole, or `None` if it is."""
+def incomplete_reason(checkpoint: Path) -> str | None:
+    """Return why a checkpoint is incomplete, or `None` if it is complete."""
     try:
         files = json.loads((checkpoint / MARKER).read_text())["files"]
     except FileNotFoundError:
-        return f"{MARKER} is missing: the save did not come to its end"
+        return f"{MARKER} is missing: the save did not finish"
     for name, size in files.items():
         path = checkpoint / name
         if not path.is_file():
@@ -48,26 +48,26 @@ def what_is_missing(checkpoint: Path) -> str | None:
     return None
 
 
-def newest_whole(output_dir: Path) -> tuple[Path | None, dict[str, str]]:
+def latest_complete(output_dir: Path) -> tuple[Path | None, dict[str, str]]:
     """
-    Find the whole checkpoint with the highest step.
+    Find the complete checkpoint with the highest step.
 
     Args:
         output_dir (`Path`):
             Directory with `checkpoint-N` folders.
 
     Returns:
-        `tuple[Path | None, dict[str, str]]`: The checkpoint, `None` if no one is whole; and the newer ones that were
-        passed over, each with the reason.
+        `tuple[Path | None, dict[str, str]]`: The checkpoint, `None` if none is complete; and the later ones that were
+        skipped, each with the reason.
     """
     numbered = {int(match[1]): path for path in output_dir.glob("*") if (match := _CHECKPOINT.fullmatch(path.name))}
-    passed_over: dict[str, str] = {}
+    skipped: dict[str, str] = {}
     for _, checkpoint in sorted(numbered.items(), reverse=True):
-        reason = what_is_missing(checkpoint)
+        reason = incomplete_reason(checkpoint)
         if reason is None:
-            return checkpoint, passed_over
-        passed_over[checkpoint.name] = reason
-    return None, passed_over
+            return checkpoint, skipped
+        skipped[checkpoint.name] = reason
+    return None, skipped
 
 
 def _flush(path: Path) -> None:

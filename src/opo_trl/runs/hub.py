@@ -67,6 +67,21 @@ def claim_repository(args: TrainingArguments) -> str | None:
     return repository
 
 
+class UnpickledToken(str):
+    """An access token that works like the string it is, and is pickled as `None`."""
+
+    __slots__ = ()
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
+
+    def __copy__(self) -> "UnpickledToken":
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "UnpickledToken":
+        return self
+
+
 class BackgroundPushes:
     """
     What the main process sends to the Hub while training goes on, and what became of it. Empty in the other processes.

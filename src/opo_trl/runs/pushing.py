@@ -2,6 +2,7 @@
 
 import logging
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,8 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
-from .hub import BackgroundPushes, PushError, claim_repository
-from .resumable import ResumableTrainer
+from .hub import BackgroundPushes, PushError, UnpickledToken, claim_repository
+from .resumable import ResumableTrainer, overridden
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +22,8 @@ class PushingTrainer(ResumableTrainer):
 
     1. A Hub that refuses the push is an error before the model is loaded ([`~opo_trl.runs.hub.claim_repository`]).
     2. Checkpoints are pushed when they are whole, the last one always, and none is deleted on its way.
-    3. A push that fails is warned about and does not stop training; [`push_to_hub`], [`save_model`] and [`end`] make
+    3. The access token is in no file that is saved or pushed.
+    4. A push that fails is warned about and does not stop training; [`push_to_hub`], [`save_model`] and [`end`] make
        their own attempt and then raise, on all ranks.
 
     Attributes:
@@ -54,6 +56,19 @@ class PushingTrainer(ResumableTrainer):
             directory = self._get_output_dir(trial=trial)
             self._push(str(Path(directory, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")))
 
+    def _save(self, *args: Any, **kwargs: Any) -> None:
+        with self._token_not_pickled():
+            super()._save(*args, **kwargs)
+
+    def _token_not_pickled(self) -> AbstractContextManager[None]:
+        """
+        Keep the access token out of `training_args.bin`: the parent pickles `self.args`, and the file is pushed.
+
+        Only there: a copy of the arguments, or a pickle for another process, keeps the token.
+        """
+        token = self.args.hub_token
+        return overridden(self.args, hub_token=None if token is None else UnpickledToken(token))
+
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Leave it to `_save_checkpoint`: here, in the middle of the parent's, the checkpoint is not whole yet."""
 
@@ -71,7 +86,8 @@ class PushingTrainer(ResumableTrainer):
             return
         try:
             self.create_model_card()  # the parent's may have found the last one on its way
-            super()._push_from_checkpoint(checkpoint_folder)
+            with self._token_not_pickled():
+                super()._push_from_checkpoint(checkpoint_folder)
         except Exception as error:
             self._pushes.fail(f"step {self.state.global_step}", error)
             return

@@ -2,7 +2,8 @@
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +13,36 @@ from datasets import Dataset
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.nn.parallel import DistributedDataParallel
+from transformers import TrainingArguments
 from transformers.integrations.integration_utils import WandbCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import GRPOTrainer
 
-from .checkpoints import MARKER, mark_whole, newest_whole, unmark, what_is_missing
+from .checkpoints import MARKER, incomplete_reason, latest_complete, mark_complete, unmark
 from .epoch_order import EpochOrder
 from .preemption import EXIT_CODE, Preemption
+from .tested_trl import check_trl
 from .tracking import ContinuedWandb
 
 logger = logging.getLogger(__name__)
+check_trl()
 
 
 class CheckpointNotSaved(RuntimeError):
     """A checkpoint could not be saved, and all ranks that can hear of it have."""
+
+
+@contextmanager
+def overridden(args: TrainingArguments, **fields: Any) -> Iterator[None]:
+    """Set fields of the training arguments, and set them back at the end."""
+    given = {name: getattr(args, name) for name in fields}
+    for name, value in fields.items():
+        setattr(args, name, value)
+    try:
+        yield
+    finally:
+        for name, value in given.items():
+            setattr(args, name, value)
 
 
 class ResumableTrainer(GRPOTrainer):
@@ -33,7 +50,7 @@ class ResumableTrainer(GRPOTrainer):
     [`~trl.GRPOTrainer`] with promises about what is saved and what a resumed run does.
 
     1. Each epoch has an order of its own that a resumed run finds again ([`~opo_trl.runs.epoch_order.EpochOrder`]).
-    2. A checkpoint counts when it is whole ([`~opo_trl.runs.checkpoints.mark_whole`]), and none is deleted before the
+    2. A checkpoint counts when it is complete ([`~opo_trl.runs.checkpoints.mark_complete`]), and none is deleted before the
        next one is.
     3. A loss or a gradient that is not finite stops the run on all ranks before anything of its step is saved.
     4. An evaluation before training does not keep gradients from being averaged.
@@ -48,6 +65,7 @@ class ResumableTrainer(GRPOTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._loss_of_step = torch.zeros(())  # of this rank, so far
+        self._fields_of_user: dict[str, Any] = {}  # of `args`, as the user set them, while a save overrides them
         self._preemption = Preemption(self._any_rank)
         self.add_callback(self._preemption)
         self._wandb: ContinuedWandb | None = None
@@ -80,7 +98,7 @@ class ResumableTrainer(GRPOTrainer):
         """
         self._forget_evaluation()
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = self._newest_whole_checkpoint()
+            resume_from_checkpoint = self._latest_complete_checkpoint()
         elif resume_from_checkpoint:
             self._check_named_checkpoint(Path(resume_from_checkpoint))
         if self._wandb is not None and resume_from_checkpoint:
@@ -99,8 +117,8 @@ class ResumableTrainer(GRPOTrainer):
         flag = torch.tensor(int(value), device=self.accelerator.device)
         return bool(self.accelerator.reduce(flag, reduction="sum").item())
 
-    def _newest_whole_checkpoint(self) -> str:
-        found = newest_whole(Path(self.args.output_dir)) if self.accelerator.is_main_process else None
+    def _latest_complete_checkpoint(self) -> str:
+        found = latest_complete(Path(self.args.output_dir)) if self.accelerator.is_main_process else None
         checkpoint, passed_over = broadcast_object_list([found])[0]  # one rank looks, all of them go on from there
         reasons = "; ".join(f"{name}: {reason}" for name, reason in passed_over.items())
         if checkpoint is None:
@@ -116,7 +134,7 @@ class ResumableTrainer(GRPOTrainer):
     def _check_named_checkpoint(self, checkpoint: Path) -> None:
         """Refuse a checkpoint that lacks what its marker lists, as after half a download; it may have no marker."""
         has_marker = self.accelerator.is_main_process and (checkpoint / MARKER).exists()
-        (missing,) = broadcast_object_list([what_is_missing(checkpoint) if has_marker else None])
+        (missing,) = broadcast_object_list([incomplete_reason(checkpoint) if has_marker else None])
         if missing is not None:
             raise ValueError(
                 f"resume_from_checkpoint needs a whole checkpoint, got {str(checkpoint)!r}: {missing}. Copy or "
@@ -126,25 +144,31 @@ class ResumableTrainer(GRPOTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         directory = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         self._on_main_process(unmark, directory)
-        limit, self.args.save_total_limit = self.args.save_total_limit, None  # nothing is deleted before this is whole
         failure: BaseException | None = None
         try:
             if self._wandb is not None and self.accelerator.is_main_process:
                 self._wandb.keep_run(directory)
-            super()._save_checkpoint(model, trial)
+            # The parent ends by deleting older checkpoints: that waits until this one is complete.
+            self._fields_of_user = {"save_total_limit": self.args.save_total_limit}
+            with overridden(self.args, save_total_limit=None):
+                super()._save_checkpoint(model, trial)
         except CheckpointNotSaved:
             raise
         except (Exception, CheckpointException) as error:  # the second, of torch, is no Exception
             failure = error
         finally:
-            self.args.save_total_limit = limit
+            self._fields_of_user = {}
         if failure is not None and self._saves_in_collectives():
             # The others wait for this rank inside of the save: to wait for them would be a deadlock. This rank ends,
             # so their collectives break or their launcher ends them.
             raise self._not_saved(directory, failure) from failure
         self._agree_on_saved(directory, failure)
-        self._on_main_process(mark_whole, directory)
+        self._on_main_process(mark_complete, directory)
         self._rotate_checkpoints(directory.parent)
+
+    def _save(self, *args: Any, **kwargs: Any) -> None:
+        with overridden(self.args, **self._fields_of_user):  # the parent pickles `self.args` into training_args.bin
+            super()._save(*args, **kwargs)
 
     def _rotate_checkpoints(self, run_directory: Path) -> None:
         """Delete what exceeds `save_total_limit`."""
@@ -172,7 +196,7 @@ class ResumableTrainer(GRPOTrainer):
             raise self._not_saved(checkpoint, failure) from failure
 
     def _not_saved(self, checkpoint: Path, failure: BaseException | None) -> CheckpointNotSaved:
-        whole, _ = newest_whole(checkpoint.parent)
+        whole, _ = latest_complete(checkpoint.parent)
         return CheckpointNotSaved(
             f"{checkpoint} could not be saved: {failure or 'another rank failed, see its message'}. "
             + (f"{whole} is whole: make room and go on from there." if whole else "There is no other checkpoint.")
