@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, FalconConfig, GPT2Config, Mixtral
 from trl import GRPOConfig, GRPOTrainer
 
 from opo_trl import OPOConfig, OPOTrainer
+from opo_trl.rewards import boxed_format_reward
 from test_baselines import oracle_baseline
 from tiny import (
     CHAT_TEMPLATE,
@@ -476,7 +477,7 @@ def test_no_args_builds_an_opo_config(tmp_path, monkeypatch, chat_model_dir):
     # OPOConfig, like GRPOConfig, trains in bf16 unless told otherwise, which needs a GPU.
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
     rows = [{"prompt": [{"role": "user", "content": "1+1"}]}] * 8
-    trainer = OPOTrainer(str(chat_model_dir), scripted_reward, train_dataset=Dataset.from_list(rows))
+    trainer = OPOTrainer(str(chat_model_dir), boxed_format_reward, train_dataset=Dataset.from_list(rows))
     assert type(trainer.args) is OPOConfig
     assert trainer.args.output_dir == f"{chat_model_dir.name}-OPO"
 
@@ -522,10 +523,10 @@ def test_unusable_datasets_are_refused_before_a_model_loads(tmp_path, datasets, 
 def test_messages_without_a_chat_template_are_refused_before_the_model_loads(tmp_path, base_model_dir):
     dataset = Dataset.from_list([{"prompt": [{"role": "user", "content": "1+1"}]}] * 4)
     with pytest.raises(ValueError, match="must have a chat template"):
-        OPOTrainer(str(base_model_dir), scripted_reward, tiny_config(tmp_path), dataset)
+        OPOTrainer(str(base_model_dir), boxed_format_reward, tiny_config(tmp_path), dataset)
     OPOTrainer(
         str(base_model_dir),
-        scripted_reward,
+        boxed_format_reward,
         tiny_config(tmp_path),
         dataset,
         processing_class=tiny_tokenizer(chat_template=CHAT_TEMPLATE),

@@ -19,7 +19,15 @@ from .evaluation.pass_at_k import mean_pass_at_k
 from .metrics import rollout_metrics
 from .microbatches import MEMORY_SHARE, cut_rows, deal_rows, plan_microbatches
 from .model_card import complete_model_card, is_hub_name
-from .preflight import check_datasets, check_tokenizer, check_trainable, load_processor, pass_at_k_reward
+from .preflight import (
+    check_datasets,
+    check_model_directory,
+    check_reward_parameters,
+    check_tokenizer,
+    check_trainable,
+    load_processor,
+    pass_at_k_reward,
+)
 from .pushing import PushingTrainer
 from .sampler import check_law
 from .sampler_correction import correct_sampler
@@ -83,6 +91,7 @@ class OPOTrainer(PushingTrainer):
     Raises:
         ValueError: If `args` is not an [`OPOConfig`] or contradicts OPO; if a dataset is empty, lacks `prompt`, or
             holds fewer prompts than one rollout batch; if message prompts meet a tokenizer without a chat template; if
+            `model` is a path that does not exist; if a reward function requires an argument that it will not get; if
             the model has no trainable parameter, or its generation config makes the sampler another distribution than
             the policy; during training, on all ranks alike, if a reward is infinite.
     """
@@ -128,6 +137,8 @@ class OPOTrainer(PushingTrainer):
         args.check_contract()
         prompts_per_step = args.generation_batch_size // args.num_generations
         check_datasets(train_dataset, eval_dataset, prompts_per_step, prompt_optional="environment_factory" in kwargs)
+        check_reward_parameters(reward_funcs, train_dataset, eval_dataset, args, kwargs)
+        check_model_directory(model)
         if processing_class is None and isinstance(model, str):
             processing_class = load_processor(model, args)
         check_tokenizer(train_dataset, processing_class)
