@@ -187,8 +187,10 @@ def not_asked(output_dir):
 
 def make_without_model(output_dir, **settings):
     args: OPOConfig = tiny_config(output_dir, **settings)
+    directory = output_dir / "no-such-model"
+    directory.mkdir(parents=True, exist_ok=True)  # empty: a missing one is refused before the Hub is asked
     OPOTrainer(
-        model=str(output_dir / "no-such-model"),
+        model=str(directory),
         reward_funcs=letters_reward,
         args=args,
         train_dataset=scripted_dataset(),

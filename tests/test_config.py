@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import pickle
+import re
 
 import pytest
 import yaml
@@ -153,6 +154,47 @@ def test_a_rollout_batch_of_several_micro_batches_is_accepted():
     assert config(gradient_accumulation_steps=4).steps_per_generation == 4
     assert config(gradient_accumulation_steps=4, steps_per_generation=4).generation_batch_size == 32
     assert config(gradient_accumulation_steps=4, generation_batch_size=32).steps_per_generation == 4
+
+
+@pytest.mark.parametrize(
+    ("fields", "explained"),
+    [
+        (
+            {"num_generations": 3},
+            r"per_device_train_batch_size \(8\) \* gradient_accumulation_steps \(1\) \* 1 process\(es\) = 8 must be a "
+            r"multiple of `num_generations` = 3\. Set `per_device_train_batch_size` to 6 or 9, or "
+            r"`gradient_accumulation_steps` to 3, or `num_generations` to 2 or 4\.",
+        ),
+        (
+            {"num_generations": 16, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 6},
+            r"= 24 must be .* `num_generations` = 16\. Set `per_device_train_batch_size` to 8, or "
+            r"`gradient_accumulation_steps` to 4 or 8, or `num_generations` to 12 or 24\.",
+        ),
+        (
+            {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 12},
+            r"batch_size \(12\) \* 1 process\(es\) = 12 must be a multiple of `num_generations_eval` = 8"
+            r"\. Set `per_device_eval_batch_size` to 8 or 16, or `num_generations_eval` to 6 or 12\.",
+        ),
+        ({"num_generations": 3, "generation_batch_size": 8}, r"Set `per_device_train_batch_size` to 6 or 9"),
+        ({"num_generations": 5, "generation_batch_size": 16}, "Leave `generation_batch_size` out"),
+        ({"num_generations": 7, "steps_per_generation": 2}, "Leave `steps_per_generation` out"),
+    ],
+)
+def test_a_batch_that_is_not_whole_groups_is_explained_with_the_fields_that_were_set(fields, explained):
+    with pytest.raises(ValueError, match=explained):
+        config(**fields)
+
+
+@pytest.mark.parametrize(("size", "steps", "group"), [(8, 1, 3), (4, 6, 16), (3, 5, 7), (1, 1, 4), (6, 10, 25)])
+def test_each_suggested_batch_size_works(size, steps, group):
+    fields = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps, "num_generations": group}
+    with pytest.raises(ValueError, match="Set `") as error:
+        config(**fields)
+    suggestions = re.findall(r"`(\w+)` to (\d+(?: or \d+)?)", str(error.value))
+    assert {"per_device_train_batch_size", "gradient_accumulation_steps"} <= {name for name, _ in suggestions}
+    for name, values in suggestions:
+        for value in values.split(" or "):
+            config(**fields | {name: int(value)})
 
 
 def test_dr_grpo_needs_its_constant():

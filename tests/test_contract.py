@@ -24,6 +24,7 @@ from trl import GRPOConfig, GRPOTrainer
 import opo_trl
 from opo_trl import OPOTrainer
 from opo_trl.config import _CONTRACT
+from opo_trl.rewards import boxed_format_reward
 from opo_trl.runs.model_card import NO_BASE_MODEL, NO_REPOSITORY, VERSIONS
 from tiny import GROUP_SIZE, scripted_trainer
 
@@ -149,7 +150,7 @@ def test_attributes_that_the_parent_sets(tmp_path):
 
 def test_generation_config_is_merged_as_generate_merges_it(tmp_path):
     """`_prepare_generation_config` is transformers' own; it fills what TRL left None from the model's config."""
-    trainer = scripted_trainer(tmp_path, rollout=None)
+    trainer = scripted_trainer(tmp_path, rollout=None, reward_funcs=boxed_format_reward)
     assert isinstance(trainer.generation_config, GenerationConfig)
     trainer.model.generation_config.typical_p = 0.4
     merged, _ = trainer.model._prepare_generation_config(trainer.generation_config)

@@ -3,12 +3,36 @@
 import math
 from decimal import Decimal
 from fractions import Fraction
+from functools import partial, wraps
 
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset, IterableDataset
 
-from opo_trl.on_policy.preflight import check_reward_values
+from opo_trl import OPOTrainer
+from opo_trl.on_policy.preflight import _PASSED_BY_TRL, check_reward_parameters, check_reward_values
+from opo_trl.rewards import boxed_format_reward, math_verify_reward
+from tiny import scripted_reward, scripted_rollout, tiny_config, tiny_model, tiny_tokenizer
+
+PROBLEMS = Dataset.from_dict({"prompt": ["1+1", "2+2", "3+3", "4+4"], "solution": ["2", "4", "6", "8"]})
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """Fail where a model is loaded."""
+    monkeypatch.setattr("trl.trainer.grpo_trainer.create_model_from_path", lambda *_, **__: pytest.fail("model loaded"))
+
+
+def trainer(output_dir, **arguments):
+    defaults = {
+        "model": tiny_model(),
+        "reward_funcs": math_verify_reward,
+        "args": tiny_config(output_dir),
+        "train_dataset": PROBLEMS,
+        "processing_class": tiny_tokenizer(),
+    }
+    return OPOTrainer(**defaults | arguments)
 
 
 @pytest.mark.parametrize(
@@ -57,3 +81,142 @@ def test_a_reward_that_is_no_number_gets_a_sentence(values, message):
     expected = rf"'score' must return one number or None for each of the 3 completions, .*{message}"
     with pytest.raises(ValueError, match=expected):
         check_reward_values("score", values, 3)
+
+
+def takes_columns(completions, solution, **kwargs):
+    return [0.0] * len(completions)
+
+
+def takes_another_column(completions, answer, **kwargs):
+    return [0.0] * len(completions)
+
+
+def takes_the_prompt_of_one_row(prompt, completions, **kwargs):
+    return [0.0] * len(completions)
+
+
+async def waits(completions, answer, **kwargs):
+    return [0.0] * len(completions)
+
+
+def takes_everything(
+    prompts, completions, completion_ids, solution, trainer_state, log_extra, log_metric, answer=None
+):  # no **kwargs, and none needed
+    return [0.0] * len(completions)
+
+
+def takes_only_completions(completions):
+    return [0.0] * len(completions)
+
+
+def takes_by_position(completions, solution, /, **kwargs):
+    return [0.0] * len(completions)
+
+
+def adds_an_argument(function):
+    @wraps(function)
+    def wrapper(*args, **kwargs):
+        return function(*args, answer=1, **kwargs)
+
+    return wrapper
+
+
+class Judge:
+    def __call__(self, completions, answer, **kwargs):
+        return [0.0] * len(completions)
+
+
+def check_parameters(reward_funcs, train_dataset=PROBLEMS, eval_dataset=None, **trainer_kwargs):
+    args = tiny_config("unused", **trainer_kwargs.pop("config", {}))
+    check_reward_parameters(reward_funcs, train_dataset, eval_dataset, args, trainer_kwargs)
+
+
+@pytest.mark.parametrize(
+    "accepted",
+    [
+        takes_columns,
+        takes_everything,
+        adds_an_argument(takes_another_column),
+        partial(takes_another_column, answer=["2"]),
+        [math_verify_reward, boxed_format_reward],
+        ["org/reward-model", tiny_model()],
+        min,
+        None,
+    ],
+    ids=str,
+)
+def test_rewards_that_can_be_called_are_accepted(accepted):
+    check_parameters(accepted)
+
+
+@pytest.mark.parametrize(
+    ("refused", "message"),
+    [
+        (takes_another_column, r"'takes_another_column' requires \['answer'\], `train_dataset` has the columns "
+                               r"\['prompt', 'solution'\]"),
+        (waits, r"'waits' requires \['answer'\]"),
+        (Judge(), r"'Judge' requires \['answer'\]"),
+        (Judge().__call__, r"'__call__' requires \['answer'\]"),
+        (partial(takes_another_column, solution=1), r"'takes_another_column' requires \['answer'\]"),
+        (takes_the_prompt_of_one_row, r"requires \['prompt'\].*TRL passes \['prompts', .*every column but `prompt`"),
+        ([takes_columns, takes_another_column], "'takes_another_column' requires"),
+        (takes_only_completions, r"does not take \['prompts', 'completion_ids', .* 'solution'\]\. Add \*\*kwargs"),
+        (takes_by_position, r"takes \['completions', 'solution'\] by position only"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_a_reward_that_cannot_be_called_is_refused(refused, message):
+    with pytest.raises(ValueError, match=message):
+        check_parameters(refused)
+
+
+def test_the_columns_that_count_are_those_that_the_trainer_passes_on():
+    answers = PROBLEMS.rename_column("solution", "answer")
+    check_parameters(takes_another_column, answers, {"gsm8k": answers})
+    with pytest.raises(ValueError, match=r"`eval_dataset\['gsm8k'\]` has the columns \['prompt', 'solution'\]"):
+        check_parameters(takes_another_column, answers, {"math": answers, "gsm8k": PROBLEMS})
+    with pytest.raises(ValueError, match=r"requires \['solution'\], `train_dataset` has the columns \['prompt'\]"):
+        check_parameters(takes_columns, config={"remove_unused_columns": True})
+    with pytest.raises(ValueError, match=r"requires \['answer'\]"):
+        check_parameters(takes_another_column, PROBLEMS.to_iterable_dataset())
+    unknown = IterableDataset.from_generator(lambda: iter(PROBLEMS))
+    check_parameters(takes_another_column, unknown)
+    check_parameters(takes_another_column, rollout_func=scripted_rollout)
+    check_parameters(takes_another_column, environment_factory=Judge)
+    with pytest.raises(ValueError, match=r"requires \['answer'\]"):
+        check_parameters(takes_another_column, rollout_func=None, environment_factory=None)
+
+
+def test_the_arguments_are_those_that_trl_passes(tmp_path):
+    """In one training step: what the check takes for granted is all that arrives."""
+    seen = []
+
+    def reward(**kwargs):
+        seen.append(set(kwargs))
+        return [0.0] * len(kwargs["completions"])
+
+    trainer(tmp_path, reward_funcs=reward).train()
+    assert seen[0] == {*_PASSED_BY_TRL, "solution"}
+
+
+def test_a_reward_is_checked_before_the_model_loads(tmp_path, no_model, chat_model_dir):
+    with pytest.raises(ValueError, match=r"'scripted_reward' requires \['score'\]"):
+        trainer(tmp_path, model=str(chat_model_dir), reward_funcs=scripted_reward)
+
+
+@pytest.mark.parametrize("missing", ["./no/such", "/no/such", "~/no-such", "outputs/run/checkpoint-9", "outputs/run/"])
+def test_a_model_directory_that_does_not_exist_is_named(tmp_path, no_model, missing):
+    with pytest.raises(ValueError, match=rf"got '{missing}': there is no such directory"):
+        trainer(tmp_path, model=missing)
+
+
+def test_a_tilde_that_nothing_expands_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "policy").mkdir()
+    with pytest.raises(ValueError, match=rf"`~` is not expanded here; write '{tmp_path}/policy'"):
+        trainer(tmp_path, model="~/policy")
+
+
+def test_a_name_that_may_be_of_the_hub_is_said_to_be_no_directory_either(tmp_path):
+    with pytest.raises(OSError, match=r"'outputs/no-such' is not a local directory, and could not be loaded"):
+        trainer(tmp_path, model="outputs/no-such", processing_class=None)

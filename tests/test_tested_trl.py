@@ -10,8 +10,8 @@ import pytest
 from packaging.requirements import Requirement
 
 from conftest import ROOT
-from opo_trl import tested_trl
-from opo_trl.tested_trl import ALLOW_UNTESTED, TESTED_TRL, check_trl
+from opo_trl.runs import tested_trl
+from opo_trl.runs.tested_trl import ALLOW_UNTESTED, TESTED_TRL, check_trl
 
 
 def test_pip_admits_the_tested_minor_releases_only():

@@ -15,6 +15,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from opo_trl import OPOConfig, OPOTrainer
 from opo_trl.on_policy.preflight import check_continuous_batching, check_data_parallel
+from opo_trl.rewards import boxed_format_reward
 from test_baselines import oracle_baseline
 from tiny import (
     CHAT_TEMPLATE,
@@ -507,7 +508,7 @@ def test_no_args_builds_an_opo_config(tmp_path, monkeypatch, chat_model_dir):
     # OPOConfig, like GRPOConfig, trains in bf16 unless told otherwise, which needs a GPU.
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
     rows = [{"prompt": [{"role": "user", "content": "1+1"}]}] * 8
-    trainer = OPOTrainer(str(chat_model_dir), scripted_reward, train_dataset=Dataset.from_list(rows))
+    trainer = OPOTrainer(str(chat_model_dir), boxed_format_reward, train_dataset=Dataset.from_list(rows))
     assert type(trainer.args) is OPOConfig
     assert trainer.args.output_dir == f"{chat_model_dir.name}-OPO"
 
@@ -515,14 +516,14 @@ def test_no_args_builds_an_opo_config(tmp_path, monkeypatch, chat_model_dir):
 @pytest.mark.parametrize("wrap", [lambda model: model, lambda model: get_peft_model(model, LoraConfig(r=2))])
 def test_a_model_objects_tokenizer_is_loaded_from_where_the_model_was(tmp_path, chat_model_dir, wrap):
     model = wrap(AutoModelForCausalLM.from_pretrained(chat_model_dir))
-    trainer = OPOTrainer(model, scripted_reward, tiny_config(tmp_path), scripted_dataset())
+    trainer = OPOTrainer(model, boxed_format_reward, tiny_config(tmp_path), scripted_dataset())
     assert trainer.processing_class.chat_template == CHAT_TEMPLATE
     assert trainer.processing_class.padding_side == "left"
 
 
 def test_a_model_object_of_unknown_origin_needs_its_tokenizer(tmp_path):
     with pytest.raises(ValueError, match=r"`processing_class` must be given .* got a LlamaForCausalLM"):
-        OPOTrainer(tiny_model(), scripted_reward, tiny_config(tmp_path), scripted_dataset())
+        OPOTrainer(tiny_model(), boxed_format_reward, tiny_config(tmp_path), scripted_dataset())
 
 
 def test_correcting_a_rollout_function_that_is_not_there_is_refused(tmp_path):
@@ -598,10 +599,10 @@ def test_unusable_datasets_are_refused_before_a_model_loads(tmp_path, datasets, 
 def test_messages_without_a_chat_template_are_refused_before_the_model_loads(tmp_path, base_model_dir):
     dataset = Dataset.from_list([{"prompt": [{"role": "user", "content": "1+1"}]}] * 4)
     with pytest.raises(ValueError, match="must have a chat template"):
-        OPOTrainer(str(base_model_dir), scripted_reward, tiny_config(tmp_path), dataset)
+        OPOTrainer(str(base_model_dir), boxed_format_reward, tiny_config(tmp_path), dataset)
     OPOTrainer(
         str(base_model_dir),
-        scripted_reward,
+        boxed_format_reward,
         tiny_config(tmp_path),
         dataset,
         processing_class=tiny_tokenizer(chat_template=CHAT_TEMPLATE),

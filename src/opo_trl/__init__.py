@@ -4,7 +4,7 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from .tested_trl import check_trl
+from .runs.tested_trl import check_trl
 
 if TYPE_CHECKING:
     from .config import OPOConfig

@@ -158,7 +158,13 @@ class OPOConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         self._generation_batch_size_given = self.generation_batch_size is not None
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            explanation = self._explain_batch_size() if "divisible" in str(error) else None
+            if explanation is None:
+                raise
+            raise ValueError(f"{explanation} (TRL: {error})") from error
         self.check_contract()
 
     def check_contract(self) -> None:
@@ -227,6 +233,31 @@ class OPOConfig(GRPOConfig):
                 f"got {name!r}. Use 'adamw_torch', or another optimizer that steps once."
             )
 
+    def _explain_batch_size(self) -> str | None:
+        """Say in the fields that users set which batch is not a whole number of groups, and what to set instead."""
+        if self.eval_strategy != "no":
+            explanation = _explain_division(
+                "evaluates",
+                {"per_device_eval_batch_size": self.per_device_eval_batch_size},
+                self.world_size,
+                self.num_generations_eval or self.num_generations,
+                "num_generations_eval",
+            )
+            if explanation is not None:
+                return explanation
+        if self._generation_batch_size_given or self.steps_per_generation != self.gradient_accumulation_steps:
+            self._check_one_step_per_rollout_batch()
+        return _explain_division(
+            "trains",
+            {
+                "per_device_train_batch_size": self.per_device_train_batch_size,
+                "gradient_accumulation_steps": self.gradient_accumulation_steps,
+            },
+            self.world_size,
+            self.num_generations,
+            "num_generations",
+        )
+
     def _check_one_step_per_rollout_batch(self) -> None:
         if self.accelerator_config is not None and self.accelerator_config.split_batches:
             raise ValueError(
@@ -268,3 +299,29 @@ class OPOConfig(GRPOConfig):
                 f"OPO {_OWN_LAW}: `generation_kwargs` sets `temperature` to {settings['temperature']!r} while the "
                 f"gradient is taken at `temperature`={self.temperature!r}. Set `temperature` itself instead."
             )
+
+
+def _explain_division(
+    verb: str, factors: dict[str, int], processes: int, group_size: int, group_field: str
+) -> str | None:
+    """Say that a batch cannot be divided into groups, with the values that would do; `None` if it can."""
+    total = math.prod(factors.values()) * processes
+    if total % group_size == 0:
+        return None
+    product = " * ".join([*(f"{name} ({value})" for name, value in factors.items()), f"{processes} process(es)"])
+    options = {}
+    for name, value in factors.items():
+        step = group_size // math.gcd(group_size, total // value)
+        options[name] = {value // step * step, (value // step + 1) * step}
+    divisors = [size for size in range(2, total + 1) if total % size == 0]
+    options[group_field] = {
+        max((size for size in divisors if size < group_size), default=0),
+        min((size for size in divisors if size > group_size), default=0),
+    }
+    choices = [
+        f"`{name}` to {' or '.join(map(str, sorted(values - {0})))}" for name, values in options.items() if values - {0}
+    ]
+    return (
+        f"OPO {verb} complete groups of completions: {product} = {total} must be a multiple of `{group_field}` = "
+        f"{group_size}. Set {', or '.join(choices)}."
+    )

@@ -24,6 +24,8 @@ from .on_policy.preflight import (
     check_continuous_batching,
     check_data_parallel,
     check_datasets,
+    check_model_directory,
+    check_reward_parameters,
     check_rollout_correction,
     check_tokenizer,
     check_trainable,
@@ -100,6 +102,7 @@ class OPOTrainer(PushingTrainer):
     Raises:
         ValueError: If `args` is not an [`OPOConfig`] or contradicts OPO; if a dataset is empty, lacks `prompt`, or
             holds fewer prompts than one rollout batch; if message prompts meet a tokenizer without a chat template; if
+            `model` is a path that does not exist; if a reward function requires an argument that it will not get; if
             the model has no trainable parameter, or its generation config makes the sampler another distribution than
             the policy; during training, on all ranks alike, if a reward is infinite.
         RewardError: During training, on all ranks alike, if a reward or rollout function raises on any of them.
@@ -156,6 +159,8 @@ class OPOTrainer(PushingTrainer):
         check_datasets(train_dataset, eval_dataset, prompts_per_step, prompt_optional=from_environment)
         check_rollout_correction(args, named.arguments.get("rollout_func"))
         check_continuous_batching(args, model)
+        check_reward_parameters(reward_funcs, train_dataset, eval_dataset, args, named.arguments)
+        check_model_directory(model)
         if processing_class is None:
             processing_class = load_processor(model, args)
         check_tokenizer(train_dataset, processing_class)

@@ -1,8 +1,12 @@
 """What must hold of datasets, tokenizers and models, checked before anything expensive starts."""
 
-from collections.abc import Iterable, Mapping, Set
+import functools
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Set
+from contextlib import contextmanager
 from decimal import Decimal
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +15,11 @@ from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import AutoProcessor
 from trl import is_conversational
+
+# What GRPOTrainer passes to a reward function besides the dataset's columns, and which columns it does not pass.
+_PASSED_BY_TRL = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+_NOT_PASSED = ("prompt", "completion", "completion_ids")
+_USED_COLUMNS = ("prompt", "image", "images")  # what remove_unused_columns=True keeps
 
 
 def check_datasets(
@@ -32,13 +41,9 @@ def check_datasets(
     Raises:
         ValueError: If `prompt` is missing or there are too few rows.
     """
-    datasets = [("train_dataset", train_dataset, prompts_per_step)]
-    if isinstance(eval_dataset, dict):
-        datasets += [(f"eval_dataset[{name!r}]", dataset, 1) for name, dataset in eval_dataset.items()]
-    else:
-        datasets.append(("eval_dataset", eval_dataset, 1))
-    for name, dataset, rows_needed in datasets:
-        columns = dataset.column_names if isinstance(dataset, Dataset | IterableDataset) else None
+    for name, dataset in _named_datasets(train_dataset, eval_dataset):
+        rows_needed = prompts_per_step if name == "train_dataset" else 1
+        columns = _columns(dataset)
         if columns is not None and "prompt" not in columns and not prompt_optional:
             raise ValueError(
                 f"`{name}` must have a column `prompt`, got the columns {columns}. Rename the problem's column, or "
@@ -50,6 +55,141 @@ def check_datasets(
                 f"{len(dataset)}. Add prompts, lower per_device_train_batch_size or gradient_accumulation_steps, or "
                 "raise num_generations."
             )
+
+
+def check_reward_parameters(
+    reward_funcs: Any, train_dataset: Any, eval_dataset: Any, args: Any, trainer_kwargs: Mapping[str, Any]
+) -> None:
+    """
+    Refuse a reward function that the dataset's columns cannot be passed to, before anything is generated for it.
+
+    Reward models and names of reward models are not looked at, nor are functions whose signature is not known. Nothing
+    is checked with a `rollout_func` or an `environment_factory`, which add arguments of their own.
+
+    Args:
+        reward_funcs (`Callable`, `str`, [`~torch.nn.Module`] or a `list` of them, *optional*):
+            As handed to the trainer.
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`], *optional*):
+            Dataset handed to the trainer. A streamed one whose columns are unknown is not checked.
+        eval_dataset (the same, or a `dict` of them, *optional*):
+            As handed to the trainer.
+        args ([`~trl.GRPOConfig`]):
+            Its `remove_unused_columns` decides which columns are left.
+        trainer_kwargs (`Mapping[str, Any]`):
+            The other keyword arguments of the trainer.
+
+    Raises:
+        ValueError: If a function needs an argument that it will not get, or does not accept one that it will.
+    """
+    if any(trainer_kwargs.get(name) is not None for name in ("rollout_func", "environment_factory")):
+        return
+    for function in reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]:
+        parameters = _parameters(function)
+        if parameters is None:
+            continue
+        for name, dataset in _named_datasets(train_dataset, eval_dataset):
+            columns = _columns(dataset)
+            if columns is not None:
+                if args.remove_unused_columns:
+                    columns = [column for column in columns if column in _USED_COLUMNS]
+                _check_arguments(_function_name(function), parameters, name, columns)
+
+
+def _check_arguments(function: str, parameters: list[inspect.Parameter], dataset: str, columns: list[str]) -> None:
+    """Compare a reward function's parameters with what TRL calls it with: every argument by its name."""
+    passed = [*_PASSED_BY_TRL, *(column for column in columns if column not in _NOT_PASSED)]
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    required = [each for each in parameters if each.default is inspect.Parameter.empty and each.kind not in variadic]
+    missing = [each.name for each in required if each.name not in passed]
+    if missing:
+        raise ValueError(
+            "The parameters of a reward function must be columns of the dataset or arguments that TRL passes: "
+            f"{function!r} requires {missing}, `{dataset}` has the columns {columns}, and TRL passes "
+            f"{list(_PASSED_BY_TRL)} and every column but `prompt`. Rename the column or the parameter, or give the "
+            "parameter a default."
+        )
+    positional = [each.name for each in required if each.kind is inspect.Parameter.POSITIONAL_ONLY]
+    if positional:
+        raise ValueError(
+            f"TRL passes every argument of a reward function by name: {function!r} takes {positional} by position "
+            "only. Remove the `/` from its parameters."
+        )
+    if not any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters):
+        by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        taken = {each.name for each in parameters if each.kind in by_name}
+        refused = [argument for argument in passed if argument not in taken]
+        if refused:
+            raise ValueError(
+                f"A reward function must accept every argument that TRL passes: {function!r} does not take {refused}. "
+                "Add **kwargs to its parameters."
+            )
+
+
+def _parameters(function: Any) -> list[inspect.Parameter] | None:
+    """Parameters of a reward function; `None` where TRL calls it otherwise, or they cannot be known."""
+    if function is None or isinstance(function, str | nn.Module):
+        return None
+    try:
+        # A decorator may add arguments to those that it is called with, so the function below it does not count.
+        return list(inspect.signature(function, follow_wrapped=False).parameters.values())
+    except (TypeError, ValueError):  # no signature, as of some functions in C
+        return None
+
+
+def _function_name(function: Any) -> str:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return str(getattr(function, "__name__", type(function).__name__))
+
+
+def _named_datasets(train_dataset: Any, eval_dataset: Any) -> list[tuple[str, Any]]:
+    """All datasets, with the names that messages call them by."""
+    if isinstance(eval_dataset, dict):
+        evaluated = [(f"eval_dataset[{name!r}]", dataset) for name, dataset in eval_dataset.items()]
+    else:
+        evaluated = [("eval_dataset", eval_dataset)]
+    return [("train_dataset", train_dataset), *evaluated]
+
+
+def _columns(dataset: Any) -> list[str] | None:
+    """Columns of a dataset; `None` where there is none, or a streamed one that does not know them."""
+    return dataset.column_names if isinstance(dataset, Dataset | IterableDataset) else None
+
+
+def check_model_directory(model: Any) -> None:
+    """
+    Refuse the path of a model directory that does not exist: it would be looked up on the Hub, whose message misleads.
+
+    A name of the form `NAMESPACE/NAME` may be one of the Hub, and is left to [`explain_missing_model`].
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`]):
+            As handed to the trainer; an object is not looked at.
+
+    Raises:
+        ValueError: If `model` can only be a path, and there is nothing there.
+    """
+    if not isinstance(model, str) or Path(model).exists():
+        return
+    is_path = model.startswith((".", "~")) or Path(model).is_absolute() or "\\" in model
+    if is_path or len(model.split("/")) > 2 or model.endswith("/"):
+        expanded = Path(model).expanduser() if model.startswith("~") else None
+        there = expanded is not None and expanded.exists()
+        raise ValueError(
+            f"`model` must be a model directory or a name on the Hub, got {model!r}: there is no such directory. "
+            + (f"`~` is not expanded here; write {str(expanded)!r}." if there else "Check the path.")
+        )
+
+
+@contextmanager
+def explain_missing_model(model: str) -> Iterator[None]:
+    """Add to the error of a model's files that cannot be loaded that there is no directory of that name, either."""
+    try:
+        yield
+    except OSError as error:
+        if Path(model).exists():
+            raise
+        raise OSError(f"{model!r} is not a local directory, and could not be loaded from the Hub: {error}") from error
 
 
 def load_processor(model: Any, args: Any) -> Any:
@@ -71,13 +211,14 @@ def load_processor(model: Any, args: Any) -> Any:
             f"`processing_class` must be given with a model that was not loaded from a name or a directory, got a "
             f"{type(model).__name__} whose config has no `name_or_path`. Pass its tokenizer as `processing_class`."
         )
-    return AutoProcessor.from_pretrained(
-        name,
-        revision=(args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None,
-        truncation_side="left",
-        padding_side="left",
-        trust_remote_code=args.trust_remote_code,
-    )
+    with explain_missing_model(name):
+        return AutoProcessor.from_pretrained(
+            name,
+            revision=(args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None,
+            truncation_side="left",
+            padding_side="left",
+            trust_remote_code=args.trust_remote_code,
+        )
 
 
 def check_tokenizer(dataset: Any, processing_class: Any) -> None:

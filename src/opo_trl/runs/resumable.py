@@ -50,8 +50,8 @@ class ResumableTrainer(GRPOTrainer):
     [`~trl.GRPOTrainer`] with promises about what is saved and what a resumed run does.
 
     1. Each epoch has an order of its own that a resumed run finds again ([`~opo_trl.runs.epoch_order.EpochOrder`]).
-    2. A checkpoint counts when it is complete ([`~opo_trl.runs.checkpoints.mark_complete`]), and none is deleted before the
-       next one is.
+    2. A checkpoint counts when it is complete ([`~opo_trl.runs.checkpoints.mark_complete`]), and none is deleted before
+       the next one is.
     3. A loss or a gradient that is not finite stops the run on all ranks before anything of its step is saved.
     4. An evaluation before training does not keep gradients from being averaged.
     5. After a SIGTERM the run saves at the next step boundary, all ranks alike, and exits with code 75, without
