@@ -14,6 +14,7 @@
 #   make docs      the documentation as a site, in site/index.html
 #   make check     ruff and mypy
 #   make format    let ruff rewrite what it can
+#   make set-repository URL=https://github.com/OWNER/opo-trl   write the repository's address into every file that has it
 
 PYTHON ?= python3
 TORCH ?= torch
@@ -29,7 +30,7 @@ TRL ?= newest-trl
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .PHONY: train test test-slow test-vllm test-lowest test-trl build test-build benchmark experiments engines-table docs \
-	check format setup clean
+	check format setup set-repository clean
 
 train: $(READY)
 	PYTHONWARNINGS=ignore::FutureWarning $(BIN)/accelerate launch \
@@ -81,6 +82,9 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 setup: $(READY)
+
+set-repository:
+	$(PYTHON) .ci/set_repository.py "$(URL)"
 
 # torch goes first and alone: asked for by another package, pip would take the newest one instead of the tested one.
 $(READY): pyproject.toml constraints.txt

@@ -21,7 +21,10 @@ from pathlib import Path
 import opo_trl
 
 ROOT = Path(__file__).resolve().parents[1]
-QUICK_TESTS = [f"tests/test_{name}.py" for name in ("baselines", "config", "contract", "house", "imports")]
+QUICK_TESTS = [
+    f"tests/test_{name}.py"
+    for name in ("baselines", "config", "contract", "house", "imports", "repository", "tested_trl")
+]
 
 
 def check_installation() -> None:

@@ -263,10 +263,16 @@ def run_preempted(case: str, folder: Path) -> None:
     except SystemExit as ended:
         code = ended.code
     again = sampling_trainer(folder / "asked", make_model(), **settings)
-    again.train(resume_from_checkpoint=True)
+    again.train(resume_from_checkpoint="auto")
     expected = whole.model.state_dict()
     same = all(torch.equal(value, expected[name]) for name, value in again.model.state_dict().items())
+    try:
+        again.train(resume_from_checkpoint="not-there")
+        refusal = None
+    except ValueError as error:
+        refusal = str(error)
     outcome = {"code": code, "step": asked.state.global_step, "same bits": same, "last step": again.state.global_step}
+    outcome["refusal"] = refusal
     (folder / f"ended.{asked.accelerator.process_index}").write_text(json.dumps(outcome))
 
 

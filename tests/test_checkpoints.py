@@ -14,10 +14,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import TrainerCallback
 from trl import GRPOConfig
 
 from opo_trl import OPOConfig
-from opo_trl.runs.checkpoints import MARKER, incomplete_reason, latest_complete, mark_complete, unmark
+from opo_trl.runs.checkpoints import (
+    MARKER,
+    checkpoint_to_resume,
+    incomplete_reason,
+    latest_complete,
+    mark_complete,
+    unmark,
+)
 from opo_trl.runs.hub import UnpickledToken
 from opo_trl.runs.pushing import PushingTrainer
 from test_resume import sampling_trainer
@@ -94,9 +102,71 @@ def test_a_named_checkpoint_must_have_what_its_marker_lists(tmp_path):
     assert trainer.state.global_step == 2
 
 
-def test_without_a_whole_checkpoint_resuming_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="needs a whole checkpoint in"):
+def test_without_a_complete_checkpoint_resuming_is_refused(tmp_path):
+    (tmp_path / "checkpoint-3").mkdir()
+    with pytest.raises(ValueError, match=r"needs a complete checkpoint in .*checkpoint-3: .* is missing.*Use .*'auto'"):
         scripted_trainer(tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_one_command_starts_a_run_and_resumes_it(tmp_path, caplog):
+    """As a job scheduler repeats it: at first there is nothing, then an incomplete save, then a complete one."""
+
+    def run(num_steps):
+        caplog.clear()
+        trainer = sampling_trainer(tmp_path, tiny_model(), num_steps=num_steps)
+        started_at = []
+        trainer.add_callback(StartedAt(started_at))
+        trainer.train(resume_from_checkpoint="auto")
+        return started_at
+
+    assert run(num_steps=1) == [0]
+    assert f"No complete checkpoint in '{tmp_path}': training starts from scratch." in caplog.text
+    marker = tmp_path / "checkpoint-1" / MARKER
+    marker.unlink()
+    assert run(num_steps=2) == [0]
+    assert f"(checkpoint-1: {MARKER} is missing: the save did not finish): training starts from scratch" in caplog.text
+    assert run(num_steps=3) == [2]
+    assert "starts from scratch" not in caplog.text
+
+
+class StartedAt(TrainerCallback):
+    def __init__(self, steps):
+        self.steps = steps
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.steps.append(state.global_step)
+
+
+def test_what_to_resume_from_is_known_without_a_trainer(checkpoints):
+    assert checkpoint_to_resume("auto", checkpoints) == checkpoint_to_resume(True, checkpoints)
+    assert checkpoint_to_resume(True, str(checkpoints)) == checkpoints / "checkpoint-9"
+    assert checkpoint_to_resume(str(checkpoints / "checkpoint-2"), "elsewhere") == checkpoints / "checkpoint-2"
+    assert checkpoint_to_resume("auto", checkpoints / "not there yet") is None
+    for nothing in (None, False, ""):
+        assert checkpoint_to_resume(nothing, checkpoints) is None
+
+
+@pytest.mark.parametrize("with_marker", [True, False])
+def test_a_checkpoint_that_lacks_something_is_refused_by_name(checkpoints, with_marker):
+    named = checkpoints / ("checkpoint-9" if with_marker else "checkpoint-10")
+    missing = "weights" if with_marker else "trainer_state.json"
+    (named / "weights").unlink()
+    with pytest.raises(ValueError, match=rf"needs a complete checkpoint, got '{named}': {missing} is missing\. Copy"):
+        checkpoint_to_resume(str(named), checkpoints)
+
+
+def test_a_marker_that_is_cut_off_is_not_believed(checkpoints):
+    marker = checkpoints / "checkpoint-9" / MARKER
+    marker.write_bytes(marker.read_bytes()[:20])
+    assert incomplete_reason(checkpoints / "checkpoint-9") == f"{MARKER} cannot be read"
+    assert latest_complete(checkpoints)[0] == checkpoints / "checkpoint-2"
+
+
+def test_a_directory_that_does_not_exist_is_refused_before_training(tmp_path):
+    trainer = scripted_trainer(tmp_path)
+    with pytest.raises(ValueError, match=r"must be a checkpoint's directory, got 'checkpoint-400', which is not a"):
+        trainer.train(resume_from_checkpoint="checkpoint-400")
+    assert trainer.state.global_step == 0
 
 
 def test_the_last_checkpoint_is_deleted_only_when_the_next_is_whole(tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from transformers import GenerationConfig, Trainer, TrainingArguments
 from transformers.integrations.integration_utils import WandbCallback
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils.hub import PushInProgress
 from trl import GRPOConfig, GRPOTrainer
@@ -223,6 +224,7 @@ def test_checkpoints_and_gradient_norm():
     assert parameters(GRPOTrainer._save) == ["self", "output_dir", "state_dict"]
     assert parameters(rotate_checkpoints)[:3] == ["output_dir", "save_total_limit", "best_model_checkpoint"]
     assert "use_mtime" in parameters(rotate_checkpoints)
+    assert TRAINER_STATE_NAME == "trainer_state.json", "opo_trl.checkpoints knows a checkpoint by it"
     assert parameters(GRPOTrainer._push_from_checkpoint) == ["self", "checkpoint_folder"]
     assert parameters(GRPOTrainer._get_grad_norm) == ["self", "model", "grad_norm"]
     assert parameters(GRPOTrainer.train)[1] == "resume_from_checkpoint"
@@ -233,7 +235,7 @@ def test_the_arguments_are_pickled_in_save(tmp_path):
     """The file holds what `args` has during the parent's `_save`."""
     trainer = scripted_trainer(tmp_path, save_total_limit=3, hub_token="hf_secret")
     GRPOTrainer._save(trainer, str(tmp_path / "saved"))
-    saved = torch.load(tmp_path / "saved" / "training_args.bin", weights_only=False)
+    saved = torch.load(tmp_path / "saved" / TRAINING_ARGS_NAME, weights_only=False)
     assert (saved.save_total_limit, saved.hub_token) == (3, "hf_secret")
 
 

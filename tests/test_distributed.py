@@ -100,6 +100,7 @@ def test_a_rank_that_is_asked_to_stop_stops_all_and_they_go_on_to_the_same_bits(
     """In the middle of the second epoch."""
     for rank in (0, 1):
         ended = json.loads((runs[1] / case / f"ended.{rank}").read_text())
+        assert "must be a checkpoint's directory, got 'not-there'" in ended.pop("refusal")
         assert ended == {"code": 75, "step": 5, "same bits": True, "last step": 8}
     asked = runs[1] / case / "asked"
     assert incomplete_reason(asked / "checkpoint-5") is None

@@ -1,13 +1,16 @@
 """Which checkpoints are complete: a marker, written last, lists the files of each."""
 
 import json
+import logging
 import os
 import re
 from pathlib import Path
 
 MARKER = "opo_checkpoint.json"
-TRAINER_STATE = "trainer_state.json"  # without it transformers cannot resume
+_STATE = "trainer_state.json"  # transformers writes it into every checkpoint
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+logger = logging.getLogger(__name__)
 
 
 def mark_complete(checkpoint: Path) -> None:
@@ -40,6 +43,8 @@ def incomplete_reason(checkpoint: Path) -> str | None:
         files = json.loads((checkpoint / MARKER).read_text())["files"]
     except FileNotFoundError:
         return f"{MARKER} is missing: the save did not finish"
+    except ValueError:
+        return f"{MARKER} cannot be read"
     for name, size in files.items():
         path = checkpoint / name
         if not path.is_file():
@@ -71,54 +76,64 @@ def latest_complete(output_dir: Path) -> tuple[Path | None, dict[str, str]]:
     return None, skipped
 
 
-def requested_checkpoint(request: str | bool | None, output_dir: Path) -> tuple[Path | None, dict[str, str]]:
+def checkpoint_to_resume(resume_from_checkpoint: str | Path | bool | None, output_dir: str | Path) -> Path | None:
     """
-    Find the checkpoint that `resume_from_checkpoint` asks for, and refuse one that is missing or incomplete.
+    Find the checkpoint that a run resumes from; needs neither the model nor a trainer. Call it in one process.
 
     Args:
-        request (`str` or `bool`, *optional*):
-            `"auto"` takes the latest complete checkpoint if there is one; `True` or `"true"` requires one; any other
-            string is the path of a checkpoint; `None`, `False` or `"false"` asks for none. Case does not matter.
-        output_dir (`Path`):
+        resume_from_checkpoint (`str` or `bool`, *optional*):
+            `"auto"` takes the latest complete checkpoint in `output_dir` if there is one, `True` or `"true"` requires
+            one; `None`, `False` or `"false"` asks for none; anything else names a checkpoint, which may have been saved
+            without a marker. Case does not matter.
+        output_dir (`str`):
             Directory with `checkpoint-N` folders.
 
     Returns:
-        `tuple[Path | None, dict[str, str]]`: The checkpoint, `None` for a start from the beginning; and the later ones
-        that were skipped, each with the reason.
+        `Path` or `None`: The checkpoint, `None` to start from scratch.
 
     Raises:
-        ValueError: If `True` finds no complete checkpoint, or the one named does not exist or is incomplete.
+        ValueError: If the checkpoint does not exist or is incomplete, with what is missing.
     """
-    word = str(request).lower()
-    if request is None or word == "false":
-        return None, {}
-    if word in ("auto", "true"):
-        checkpoint, skipped = latest_complete(output_dir)
-        if checkpoint is None and word == "true":
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
-            raise ValueError(
-                f"resume_from_checkpoint={request} requires a complete checkpoint in {str(output_dir)!r}, got none"
-                f"{f' ({reasons})' if reasons else ''}. Use 'auto' to start from the beginning where there is none, or "
-                "name a checkpoint."
-            )
-        return checkpoint, skipped
-    checkpoint = Path(str(request))
-    reason = _why_not_resumable(checkpoint)
+    word = str(resume_from_checkpoint or False).lower()
+    if word == "false":
+        return None
+    if word not in ("true", "auto"):
+        return _named_checkpoint(Path(str(resume_from_checkpoint)))
+    checkpoint, skipped = latest_complete(Path(output_dir))
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
+    where = f"{str(output_dir)!r}{f' ({reasons})' if reasons else ''}"
+    if checkpoint is not None and reasons:
+        logger.warning("Resuming from %s. Skipped as incomplete: %s", checkpoint, reasons)
+    elif checkpoint is not None:
+        logger.info("Resuming from %s.", checkpoint)
+    elif word == "true":
+        raise ValueError(
+            f"resume_from_checkpoint=True needs a complete checkpoint in {where}, got none. Use "
+            "resume_from_checkpoint='auto' to start from scratch where there is none, or name a checkpoint to resume "
+            "from one without a marker."
+        )
+    else:
+        logger.warning("No complete checkpoint in %s: training starts from scratch.", where)
+    return checkpoint
+
+
+def _named_checkpoint(checkpoint: Path) -> Path:
+    """Refuse a checkpoint that lacks what its marker lists, as after half a download; it may have no marker."""
+    if not checkpoint.is_dir():
+        raise ValueError(
+            f"resume_from_checkpoint must be a checkpoint's directory, got {str(checkpoint)!r}, which is not a "
+            "directory. Use 'auto' to resume from the latest complete checkpoint in output_dir if there is one."
+        )
+    if (checkpoint / MARKER).exists():
+        reason = incomplete_reason(checkpoint)
+    else:
+        reason = None if (checkpoint / _STATE).is_file() else f"{_STATE} is missing"
     if reason is not None:
         raise ValueError(
-            f"resume_from_checkpoint requires a complete checkpoint, got {str(request)!r}: {reason}. Name a complete "
-            "`checkpoint-N` directory, or use 'auto' for the latest one in output_dir."
+            f"resume_from_checkpoint needs a complete checkpoint, got {str(checkpoint)!r}: {reason}. Copy or download "
+            "it again, or resume from another one."
         )
-    return checkpoint, {}
-
-
-def _why_not_resumable(checkpoint: Path) -> str | None:
-    """Why training cannot be resumed from a directory, which may be a checkpoint of another trainer, without marker."""
-    if not checkpoint.is_dir():
-        return "there is no such directory"
-    if (checkpoint / MARKER).exists():
-        return incomplete_reason(checkpoint)
-    return None if (checkpoint / TRAINER_STATE).is_file() else f"it holds no {TRAINER_STATE}"
+    return checkpoint
 
 
 def _flush(path: Path) -> None:

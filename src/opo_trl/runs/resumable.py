@@ -1,6 +1,5 @@
 """GRPOTrainer whose runs can be interrupted anywhere and go on exactly where they stopped. Nothing here is OPO's."""
 
-import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,13 +17,12 @@ from transformers.integrations.integration_utils import WandbCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl import GRPOTrainer
 
-from .checkpoints import MARKER, incomplete_reason, latest_complete, mark_complete, unmark
+from .checkpoints import checkpoint_to_resume, latest_complete, mark_complete, unmark
 from .epoch_order import EpochOrder
 from .preemption import EXIT_CODE, Preemption
 from .tested_trl import check_trl
 from .tracking import ContinuedWandb
 
-logger = logging.getLogger(__name__)
 check_trl()
 
 
@@ -85,30 +83,29 @@ class ResumableTrainer(GRPOTrainer):
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
-                Checkpoint to go on from. `True` takes the newest whole one in `args.output_dir` and says what it
-                passed over.
+                Checkpoint to resume from. `True` takes the latest complete one in `args.output_dir` and logs which it
+                skipped; `"auto"` does so, too, and starts from scratch if there is none, so that a job scheduler can
+                repeat one command.
             *args, **kwargs:
                 As in [`~transformers.Trainer.train`].
 
         Raises:
-            ValueError: If there is no whole checkpoint, or the one named lacks a file that its marker lists; or, during
-                training, if a loss or a gradient is not finite.
-            RuntimeError: During training, on all ranks, if a checkpoint cannot be saved; names the last whole one.
+            ValueError: If there is no complete checkpoint, or the one named does not exist or lacks a file that its
+                marker lists; or, during training, if a loss or a gradient is not finite.
+            RuntimeError: During training, on all ranks, if a checkpoint cannot be saved; names the last complete one.
             SystemExit: With code 75, after a SIGTERM and the checkpoint that follows it.
         """
         self._forget_evaluation()
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = self._latest_complete_checkpoint()
-        elif resume_from_checkpoint:
-            self._check_named_checkpoint(Path(resume_from_checkpoint))
-        if self._wandb is not None and resume_from_checkpoint:
-            self._wandb.go_on_from(Path(resume_from_checkpoint))
+        checkpoint = self._find_checkpoint(resume_from_checkpoint)
+        if self._wandb is not None and checkpoint is not None:
+            self._wandb.go_on_from(Path(checkpoint))
         self._loss_of_step = torch.zeros(())
         with self._preemption.listening():
-            output = super().train(resume_from_checkpoint, *args, **kwargs)
+            output = super().train(checkpoint, *args, **kwargs)
         if self._preemption.ends:
             self.accelerator.print(
-                f"Asked to stop: step {self.state.global_step} is saved. Go on with resume_from_checkpoint=True."
+                f"Stopped by SIGTERM: step {self.state.global_step} is saved. Resume with "
+                "resume_from_checkpoint='auto'."
             )
             raise SystemExit(EXIT_CODE)
         return output
@@ -117,29 +114,21 @@ class ResumableTrainer(GRPOTrainer):
         flag = torch.tensor(int(value), device=self.accelerator.device)
         return bool(self.accelerator.reduce(flag, reduction="sum").item())
 
-    def _latest_complete_checkpoint(self) -> str:
-        found = latest_complete(Path(self.args.output_dir)) if self.accelerator.is_main_process else None
-        checkpoint, passed_over = broadcast_object_list([found])[0]  # one rank looks, all of them go on from there
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in passed_over.items())
-        if checkpoint is None:
-            raise ValueError(
-                f"resume_from_checkpoint=True needs a whole checkpoint in {self.args.output_dir!r}, got none"
-                f"{f' ({reasons})' if reasons else ''}. Name a checkpoint to go on from one without a marker, or train "
-                "from the start without resume_from_checkpoint."
-            )
-        if reasons and self.accelerator.is_main_process:
-            logger.warning("Going on from %s. Passed over what is not whole: %s", checkpoint, reasons)
-        return str(checkpoint)
-
-    def _check_named_checkpoint(self, checkpoint: Path) -> None:
-        """Refuse a checkpoint that lacks what its marker lists, as after half a download; it may have no marker."""
-        has_marker = self.accelerator.is_main_process and (checkpoint / MARKER).exists()
-        (missing,) = broadcast_object_list([incomplete_reason(checkpoint) if has_marker else None])
-        if missing is not None:
-            raise ValueError(
-                f"resume_from_checkpoint needs a whole checkpoint, got {str(checkpoint)!r}: {missing}. Copy or "
-                "download it again, or go on from another one."
-            )
+    def _find_checkpoint(self, resume_from_checkpoint: str | bool | None) -> str | None:
+        """The checkpoint to resume from: the main process looks, and all of them return, or raise, the same."""
+        checkpoint: str | None = None
+        refusal: str | None = None
+        cause: Exception | None = None
+        if self.accelerator.is_main_process:
+            try:
+                found = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
+                checkpoint = None if found is None else str(found)
+            except (ValueError, OSError) as error:
+                cause, refusal = error, str(error)
+        checkpoint, refusal = broadcast_object_list([checkpoint, refusal])
+        if refusal is not None:
+            raise ValueError(refusal) from cause
+        return checkpoint
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         directory = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
