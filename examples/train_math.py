@@ -1,13 +1,13 @@
 """
 Train a causal language model on math problems with OPO. Without arguments: the quickstart, on a CPU, in minutes.
 
-    accelerate launch examples/train_math.py
+    accelerate launch --quiet examples/train_math.py
 
-The script is part of the package, so `accelerate launch -m opo_trl.scripts.train_math` does the same without a
+It is part of the package, so `accelerate launch --quiet -m opo_trl.scripts.train_math` does the same without a
 checkout; its source, `src/opo_trl/scripts/train_math.py`, has the commands for real models.
 """
 
-from opo_trl.scripts.train_math import main
+from opo_trl.scripts.train_math import run
 
 if __name__ == "__main__":
-    main()
+    run()

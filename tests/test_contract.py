@@ -224,7 +224,7 @@ def test_checkpoints_and_gradient_norm():
     assert parameters(GRPOTrainer._save) == ["self", "output_dir", "state_dict"]
     assert parameters(rotate_checkpoints)[:3] == ["output_dir", "save_total_limit", "best_model_checkpoint"]
     assert "use_mtime" in parameters(rotate_checkpoints)
-    assert TRAINER_STATE_NAME == "trainer_state.json", "opo_trl.checkpoints knows a checkpoint by it"
+    assert TRAINER_STATE_NAME == "trainer_state.json", "opo_trl.runs.checkpoints knows a checkpoint by it"
     assert parameters(GRPOTrainer._push_from_checkpoint) == ["self", "checkpoint_folder"]
     assert parameters(GRPOTrainer._get_grad_norm) == ["self", "model", "grad_norm"]
     assert parameters(GRPOTrainer.train)[1] == "resume_from_checkpoint"

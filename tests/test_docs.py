@@ -154,6 +154,19 @@ def test_commands_are_accepted(path, only_parse):
                     pytest.fail(f"{name(block)}: {shlex.join(words)}: {error!r}")
 
 
+def test_documented_launches_are_quiet():
+    """Else accelerate adds a traceback of its own to every error."""
+    pages = [*PAGES, *(path for kind in ("py", "yaml") for path in (ROOT / "examples").rglob(f"*.{kind}"))]
+    launches = [
+        f"{path.name}: {line}"
+        for path in [*pages, ROOT / "Makefile"]
+        for line in path.read_text().splitlines()
+        if re.match(r"[#\s]*([A-Z_]+=\S+ )*(\$\(BIN\)/)?accelerate launch ", line)
+    ]
+    assert len(launches) > 20
+    assert [line for line in launches if "accelerate launch --quiet" not in line] == []
+
+
 def test_yaml_is_read_and_knows_its_fields():
     known = {
         field.name

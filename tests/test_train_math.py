@@ -10,6 +10,7 @@ import pytest
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from opo_trl.runs.checkpoints import MARKER
 from opo_trl.scripts import train_math
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -49,6 +50,43 @@ def test_any_model_directory_trains_saves_and_resumes(tmp_path, request, gsm8k, 
     assert json.loads((output / "checkpoint-3" / "trainer_state.json").read_text())["global_step"] == 3
     AutoModelForCausalLM.from_pretrained(output)
     AutoTokenizer.from_pretrained(output)
+
+
+def test_one_command_starts_and_resumes(tmp_path, chat_model_dir, gsm8k, capsys, caplog):
+    """As a scheduler repeats it: from nothing, after a kill in the middle of a save, and without a GPU."""
+    output = tmp_path / "out"
+    command = [
+        "--model_name_or_path", chat_model_dir, "--dataset_name", gsm8k, "--output_dir", output, "--save_steps", 1,
+        "--resume_from_checkpoint", "auto", "--report_to", "none", "--max_completion_length", 4, "--num_generations", 2,
+        "--per_device_train_batch_size", 4, "--max_steps",
+    ]  # fmt: skip
+    train_math.main([*map(str, command), "2"])
+    printed = capsys.readouterr().out
+    assert printed.count("No accelerator found: using use_cpu=True, bf16=False, gradient_checkpointing=False.") == 1
+    assert f"no complete checkpoint in {output}: starting from the beginning" in printed
+    (output / "checkpoint-2" / MARKER).unlink()
+    train_math.main([*map(str, command), "3"])
+    printed = capsys.readouterr().out
+    assert f"Skipped as incomplete: checkpoint-2: {MARKER} is missing" in caplog.text
+    assert f"resuming from {output / 'checkpoint-1'}" in printed
+    assert json.loads((output / "checkpoint-3" / "trainer_state.json").read_text())["global_step"] == 3
+    assert (output / "checkpoint-2" / MARKER).is_file()
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ("true", r"needs a complete checkpoint in '.*out' \(checkpoint-2: .* is missing.*\), got none\. Use resume"),
+        ("{output}/checkpoint-2", r"checkpoint-2': trainer_state\.json is missing"),
+        ("{output}/checkpoint-3", r"checkpoint-3', which is not a directory"),
+    ],
+)
+def test_a_checkpoint_is_refused_before_anything_loads(tmp_path, monkeypatch, request_, message):
+    output = tmp_path / "out"
+    (output / "checkpoint-2").mkdir(parents=True)
+    monkeypatch.setattr(train_math, "load_inputs", lambda *_: pytest.fail("problems and tokenizer are loaded"))
+    with pytest.raises(ValueError, match=message):
+        run("--output_dir", output, "--resume_from_checkpoint", request_.format(output=output))
 
 
 def test_training_problems_are_filtered(tmp_path, chat_model_dir, gsm8k, capsys):
@@ -113,7 +151,8 @@ def test_the_quickstart_is_what_runs_without_arguments(monkeypatch, tmp_path):
         (["--model_name_or_path", "no such model"], "--dataset_name must name the problems"),
         (["--dataset_name", "{gsm8k}", "--prompt_column", "text"], r"found \['question', 'answer'\]"),
         (["--dataset_name", "{gsm8k}", "--epsilon", "0.2"], "`epsilon` must be None"),
-        (["--dataset_name", "{gsm8k}", "--num_generations", "3"], "divisible by num_generations"),
+        (["--dataset_name", "{gsm8k}", "--num_generations", "3"], "`per_device_train_batch_size` to 3 or 6"),
+        (["--dataset_name", "{gsm8k}", "--model_name_or_path", "{model}/no"], "there is no such directory"),
         (
             ["--dataset_name", "{gsm8k}", "--model_name_or_path", "{model}", "--per_device_train_batch_size", "64"],
             r"at least 32 row\(s\), the prompts of one rollout batch, got 12",
@@ -132,14 +171,14 @@ def test_mistakes_are_named_before_a_model_loads(tmp_path, gsm8k, chat_model_dir
 def test_accelerate_launch_on_real_problems(tmp_path, request, shared_data, kind):
     """The command of the documentation, in a process of its own, on GSM8K."""
     command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--config_file",
+        sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file",
         str(EXAMPLES / "accelerate_configs" / "cpu.yaml"), str(EXAMPLES / "train_math.py"), *QUICK,
         "--model_name_or_path", str(request.getfixturevalue(kind)),
         "--dataset_name", str(shared_data / "gsm8k_train.jsonl"), "--output_dir", str(tmp_path / "out"),
-        "--save_steps", "1",
+        "--save_steps", "1", "--resume_from_checkpoint", "auto",
     ]  # fmt: skip
     environment = {**os.environ, "HF_HOME": str(tmp_path / "hf")}
-    for extra in ([], ["--resume_from_checkpoint", "true", "--max_steps", "3"]):
+    for extra in ([], ["--max_steps", "3"]):
         result = subprocess.run([*command, *extra], env=environment, capture_output=True, text=True, timeout=300)
         assert result.returncode == 0, result.stderr[-3000:]
     assert (tmp_path / "out" / "checkpoint-3").is_dir()

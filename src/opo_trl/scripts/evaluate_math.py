@@ -4,11 +4,11 @@ Measure models on math problems: pass@k, maj@k, diversity, length, entropy and K
 With no arguments it measures the tiny policy of this repository before and after the quickstart (`make train`), on a
 CPU, in about a minute:
 
-    accelerate launch examples/evaluate_math.py
+    accelerate launch --quiet examples/evaluate_math.py
 
 The paper's evaluation, on one GPU or several:
 
-    accelerate launch examples/evaluate_math.py \
+    accelerate launch --quiet examples/evaluate_math.py \
         --models deepseek-ai/DeepSeek-R1-Distill-Qwen-7B outputs/grpo outputs/opo --last_checkpoints 5 \
         --base_model deepseek-ai/DeepSeek-R1-Distill-Qwen-7B \
         --datasets HuggingFaceH4/MATH-500:test HuggingFaceH4/aime_2024:train yentinglin/aime_2025:train \
@@ -16,6 +16,9 @@ The paper's evaluation, on one GPU or several:
 
 Samples are drawn by vLLM where it is installed and by transformers otherwise. Records are appended as they come, so
 that the same command continues a run that was stopped, with any number of processes.
+
+Where no accelerator is found, models are loaded in float32 unless `--dtype` is set, and the script prints that. An
+error before the first completion ends it with the message alone; `OPO_DEBUG=1` keeps the traceback.
 """
 
 import gc
@@ -37,17 +40,20 @@ from datasets import Dataset, disable_progress_bars
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
-from trl import TrlParser
 
 from ..data import INSTRUCTION
 from ..evaluation import Record, average, problem_metrics
 from ..evaluation.records_file import append_records, merge_parts, part_path, read_parts, read_records
 from ..evaluation.sampling import TransformersSampler, record_seed, tokenize_prompt
 from ..evaluation.scoring import score_completions
+from ..on_policy.preflight import explain_missing_model
+from .command_line import ScriptParser
+from .devices import describe_choice, evaluation_defaults, why_on_cpu
 from .evaluation_report import Metrics, write_report
 from .judging import judge, shift
 from .policies import Checkpoint, find_checkpoints, short_name
 from .problems import fit_to_tokenizer, load_problems, parse_dataset
+from .setup_phase import SetupPhase, on_all_ranks
 
 QUICKSTART = Path(__file__).with_name("evaluate_quickstart.yaml")
 BACKENDS = ("auto", "vllm", "transformers")
@@ -89,7 +95,7 @@ class EvaluationArguments:
         backend (`str`, *optional*, defaults to `"auto"`):
             `"vllm"`, `"transformers"`, or `"auto"`: vLLM where it is installed.
         dtype (`str`, *optional*, defaults to `"auto"`):
-            Precision of the models.
+            Precision of the models; `"float32"` where no accelerator is found.
     """
 
     models: list[str] = field(metadata={"help": "Models, checkpoints, training directories or adapters."})
@@ -192,7 +198,9 @@ class Policy:
     def __init__(self, checkpoint: Checkpoint, args: EvaluationArguments, device: torch.device) -> None:
         self.checkpoint, self.args, self.device = checkpoint, args, device
         has_own = (Path(checkpoint.path) / "tokenizer_config.json").is_file() or not checkpoint.is_adapter
-        self.tokenizer = AutoTokenizer.from_pretrained(checkpoint.path if has_own else checkpoint.base)
+        source = checkpoint.path if has_own else checkpoint.base
+        with explain_missing_model(source):
+            self.tokenizer = AutoTokenizer.from_pretrained(source)
         self._model: Any = None
         self._sampler: Any = None
 
@@ -228,7 +236,7 @@ def records_path(args: EvaluationArguments, checkpoint: Checkpoint, task: Task) 
     return Path(args.output_dir) / "records" / checkpoint.label / f"{task.label}.jsonl"
 
 
-def sample_task(policy: Policy, task: Task, args: EvaluationArguments, state: PartialState) -> None:
+def sample_task(policy: Policy, task: Task, args: EvaluationArguments, state: PartialState, setup: SetupPhase) -> None:
     """Sample and judge the completions of one checkpoint on one dataset."""
     problems = list(fit_to_tokenizer(task.problems, policy.tokenizer))
     ids = [problem["id"] for problem in problems]
@@ -239,7 +247,9 @@ def sample_task(policy: Policy, task: Task, args: EvaluationArguments, state: Pa
 
     def work(unit: list[tuple[int, int]]) -> list[Record]:
         seeds = [record_seed(args.seed, task.label, ids[number], sample) for number, sample in unit]
-        completions = policy.sampler.sample([prompts[number] for number, _ in unit], seeds)
+        sampler = policy.sampler  # loads the model
+        setup.end()
+        completions = sampler.sample([prompts[number] for number, _ in unit], seeds)
         return judge([(problems[number], sample) for number, sample in unit], completions)
 
     path = records_path(args, policy.checkpoint, task)
@@ -318,14 +328,18 @@ def check_names(what: str, names: Sequence[str], given: Sequence[str]) -> None:
 
 
 def sample_all(
-    checkpoints: Sequence[Checkpoint], tasks: list[Task], args: EvaluationArguments, state: PartialState
+    checkpoints: Sequence[Checkpoint],
+    tasks: list[Task],
+    args: EvaluationArguments,
+    state: PartialState,
+    setup: SetupPhase,
 ) -> None:
     """Sample from every checkpoint before any is scored: an engine wants the memory that scoring would hold."""
     for checkpoint in checkpoints:
         state.print(f"sampling from {checkpoint.label}")
         policy = Policy(checkpoint, args, state.device)
         for task in tasks:
-            sample_task(policy, task, args, state)
+            sample_task(policy, task, args, state, setup)
         del policy
         gc.collect()
         torch.cuda.empty_cache()
@@ -357,28 +371,45 @@ def measure_all(
     return metrics, unscorable
 
 
-def main(arguments: list[str] | None = None) -> dict[str, Any] | None:
-    start = time.perf_counter()
-    arguments = sys.argv[1:] if arguments is None else arguments
-    parser = TrlParser((EvaluationArguments,))
-    (args,) = parser.parse_args_and_config(arguments or ["--config", str(QUICKSTART)])
-    disable_progress_bars()
-    transformers_logging.disable_progress_bar()
-    # One process may wait hours for another's last batch.
-    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
-    if state.device.type == "cuda" and use_vllm(args):
-        claim_gpu(state)
-
+def load_inputs(
+    args: EvaluationArguments, state: PartialState
+) -> tuple[dict[str, list[Checkpoint]], list[Task], Policy | None]:
+    """Find the checkpoints by method, and load the datasets and every tokenizer, whose faults show before sampling."""
     methods = {short_name(model): find_checkpoints(model, args.last_checkpoints) for model in args.models}
     tasks = load_tasks(args)
     check_names("models", list(methods), args.models)
     check_names("datasets", [task.label for task in tasks], args.datasets)
+    for checkpoints in methods.values():
+        for checkpoint in checkpoints:
+            Policy(checkpoint, args, state.device)
     base = None
     if args.base_model is not None:
         (base_checkpoint,) = find_checkpoints(args.base_model, last=0)
         base = Policy(base_checkpoint, args, state.device)
+    return methods, tasks, base
 
-    sample_all([checkpoint for checkpoints in methods.values() for checkpoint in checkpoints], tasks, args, state)
+
+def main(arguments: list[str] | None = None, setup: SetupPhase | None = None) -> dict[str, Any] | None:
+    start = time.perf_counter()
+    setup = setup or SetupPhase()
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = ScriptParser((EvaluationArguments,), evaluation_defaults)
+    (args,) = parser.parse_args_and_config(arguments or ["--config", str(QUICKSTART)])
+    disable_progress_bars()
+    transformers_logging.disable_progress_bar()
+    on_cpu = why_on_cpu() is not None or not torch.cuda.is_available()
+    # One process may wait hours for another's last batch.
+    state = PartialState(cpu=on_cpu, timeout=timedelta(days=7))
+    if parser.chosen:
+        state.print(describe_choice(parser.chosen))
+    if state.device.type == "cuda" and use_vllm(args):
+        claim_gpu(state)
+
+    methods, tasks, base = on_all_ranks(state, lambda: load_inputs(args, state))
+    sample_all(
+        [checkpoint for checkpoints in methods.values() for checkpoint in checkpoints], tasks, args, state, setup
+    )
+    setup.end()
     metrics, unscorable = measure_all(methods, base, tasks, args, state)
     if not state.is_main_process:
         return None
@@ -411,5 +442,11 @@ def _digest(rows: Any) -> str:
     return hashlib.sha256(json.dumps(list(rows)).encode()).hexdigest()
 
 
+def run() -> None:
+    """Run the script with the command line's arguments; a mistake in them ends it with one sentence."""
+    with SetupPhase() as phase:
+        main(setup=phase)
+
+
 if __name__ == "__main__":
-    main()
+    run()

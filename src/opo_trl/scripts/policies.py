@@ -6,6 +6,8 @@ from typing import Any
 
 from peft import PeftConfig
 
+from ..on_policy.preflight import check_model_directory
+
 EMBEDDED_MODEL = "tiny_policy"
 
 
@@ -35,6 +37,7 @@ def model_path(name: str) -> str:
 def find_checkpoints(model: str, last: int) -> list[Checkpoint]:
     """The checkpoints that a name on the command line stands for: itself, or the last ones of a training run."""
     label, path = short_name(model), Path(model_path(model))
+    check_model_directory(model)
     if not path.is_dir():
         return [Checkpoint(label, model, model)]
     steps = sorted(int(folder.name.split("-")[1]) for folder in path.glob("checkpoint-[0-9]*"))

@@ -4,25 +4,32 @@ Train a causal language model on math problems with OPO.
 With no arguments it trains the tiny policy of this repository on generated arithmetic, on a CPU, in a few minutes
 (held-out pass@1 rises from about 0.4 to about 0.7):
 
-    accelerate launch examples/train_math.py
+    accelerate launch --quiet examples/train_math.py
 
 A real model on GSM8K, on one GPU:
 
-    accelerate launch examples/train_math.py \
+    accelerate launch --quiet examples/train_math.py \
         --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct \
         --dataset_name openai/gsm8k --dataset_config main \
         --output_dir outputs/gsm8k --per_device_train_batch_size 8 --gradient_accumulation_steps 8 \
         --learning_rate 1e-6 --max_completion_length 512 --eval_strategy steps --eval_steps 50 \
         --num_eval_problems 256 --report_to wandb --push_to_hub
 
-Add `--use_peft` for LoRA, `--config file.yaml` to read arguments from a file (the command line wins; `examples/configs`
-has recipes for the paper's experiments), and `--resume_from_checkpoint true` to go on from the last checkpoint in
-`--output_dir`. With `--push_to_hub`, a Hub that refuses is an error before anything loads; a push that fails later
-costs no file, and the exit status is 1.
+Add `--use_peft` for LoRA, and `--config file.yaml` to read arguments from a file (the command line wins;
+`examples/configs` has recipes for the paper's experiments). With `--push_to_hub`, a Hub that refuses is an error before
+anything loads; a push that fails later costs no file, and the exit status is 1.
+
+`--resume_from_checkpoint auto` resumes from the latest complete checkpoint in `--output_dir` if there is one, so that a
+job scheduler can repeat one command; `true` requires one, and a path names one.
+
+Where no accelerator is found, the script sets `--use_cpu`, `--bf16 false` and `--gradient_checkpointing false` unless
+you set them, and prints that. An error before the first training step ends it with the message alone; `OPO_DEBUG=1`
+keeps the traceback. `--quiet` keeps accelerate from adding its own.
 """
 
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,17 +39,22 @@ from typing import Any
 from accelerate import PartialState
 from datasets import Dataset, disable_progress_bars
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback
-from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 
 from .. import OPOConfig, OPOTrainer
 from ..data import INSTRUCTION, drop_by_pass_rate, drop_overlapping, hold_out
 from ..evaluation import pass_rates
 from ..evaluation.records_file import read_records
+from ..on_policy.preflight import check_model_directory, explain_missing_model
 from ..rewards import math_verify_reward
 from ..runs.hub import PushError, claim_repository
+from .command_line import ScriptParser
+from .devices import describe_choice, training_defaults
 from .policies import model_path
 from .problems import EMBEDDED_DATASET, fit_to_tokenizer, load_problems, parse_dataset
 from .reporting import ConsoleProgress, describe, measure, write_summary
+from .resuming import find_checkpoint
+from .setup_phase import SetupPhase, on_all_ranks
 
 QUICKSTART = Path(__file__).with_name("quickstart.yaml")
 
@@ -159,13 +171,15 @@ def load_datasets(script_args: MathScriptArguments, seed: int, with_eval: bool) 
 
 def load_tokenizer(model_name: str, revision: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     """Load the tokenizer ahead of the model, as the trainer would, to know whether it has a chat template."""
-    return AutoTokenizer.from_pretrained(
-        model_name,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        padding_side="left",
-        truncation_side="left",
-    )
+    check_model_directory(model_name)
+    with explain_missing_model(model_name):
+        return AutoTokenizer.from_pretrained(
+            model_name,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            padding_side="left",
+            truncation_side="left",
+        )
 
 
 def load_inputs(
@@ -216,16 +230,52 @@ def make_trainer(
     return trainer
 
 
-def main(arguments: list[str] | None = None) -> dict[str, Any] | None:
+def make_report(
+    measure_pass_at_1: Callable[[str], dict[str, Any]],
+    before: dict[str, Any],
+    trainer: OPOTrainer,
+    start: float,
+    **facts: Any,
+) -> dict[str, Any]:
+    """Measure the saved model, and write what the run did; on the main process."""
+    output_dir = trainer.args.output_dir
+    after = measure_pass_at_1(output_dir)
+    summary = write_summary(
+        output_dir,
+        before,
+        after,
+        trainer.state.log_history,
+        steps=trainer.state.global_step,
+        seconds=round(time.perf_counter() - start, 1),
+        seed=trainer.args.seed,
+        **facts,
+    )
+    print(f"pass@1 after:  {describe(after)}", flush=True)
+    print(f"summary.json and curves.png are in {output_dir}", flush=True)
+    return summary
+
+
+def parse(arguments: list[str]) -> tuple[MathScriptArguments, OPOConfig, ModelConfig, str | None]:
+    """Parse the command line; the last result describes what was chosen where there is no accelerator."""
+    parser = ScriptParser((MathScriptArguments, OPOConfig, ModelConfig), training_defaults)
+    parsed = parser.parse_args_and_config(arguments or ["--config", str(QUICKSTART)])
+    return *parsed, describe_choice(parser.chosen)
+
+
+def main(arguments: list[str] | None = None, setup: SetupPhase | None = None) -> dict[str, Any] | None:
     start = time.perf_counter()
-    arguments = sys.argv[1:] if arguments is None else arguments
-    parser = TrlParser((MathScriptArguments, OPOConfig, ModelConfig))
-    script_args, training_args, model_args = parser.parse_args_and_config(arguments or ["--config", str(QUICKSTART)])
+    setup = setup or SetupPhase()
+    script_args, training_args, model_args, choice = parse(sys.argv[1:] if arguments is None else arguments)
     disable_progress_bars()
     state = PartialState()
+    if choice is not None:
+        state.print(choice)
+    checkpoint = find_checkpoint(training_args, state)
     claim_repository(training_args)  # the trainer does so, too, but after the measurement of a report
 
-    model_name, tokenizer, train_dataset, eval_dataset = load_inputs(script_args, training_args, model_args)
+    model_name, tokenizer, train_dataset, eval_dataset = on_all_ranks(
+        state, lambda: load_inputs(script_args, training_args, model_args)
+    )
     state.print(
         f"{len(train_dataset)} problems to train on, {len(eval_dataset) if eval_dataset else 0} held out, "
         f"{training_args.generation_batch_size // training_args.num_generations} x {training_args.num_generations} "
@@ -241,14 +291,14 @@ def main(arguments: list[str] | None = None) -> dict[str, Any] | None:
         seed=training_args.seed,
     )
     before = None
-    if script_args.report and state.is_main_process:
-        before = measure_pass_at_1(model_name)
+    if script_args.report:
+        before = on_all_ranks(state, lambda: measure_pass_at_1(model_name) if state.is_main_process else None)
+    if before is not None:
         print(f"pass@1 before: {describe(before)}", flush=True)
-    state.wait_for_everyone()
 
     trainer = make_trainer(model_name, tokenizer, train_dataset, eval_dataset, training_args, model_args)
-    checkpoint = training_args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if str(checkpoint).lower() == "true" else checkpoint)
+    trainer.add_callback(setup)
+    trainer.train(resume_from_checkpoint=checkpoint)
     with suppress(PushError):  # raised again at the end, when everything else is done
         trainer.save_model(training_args.output_dir)
     trainer.accelerator.print(f"model saved to {training_args.output_dir}")
@@ -256,20 +306,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any] | None:
     summary = None
     if before is not None:
         assert eval_dataset is not None
-        after = measure_pass_at_1(training_args.output_dir)
-        summary = write_summary(
-            training_args.output_dir,
-            before,
-            after,
-            trainer.state.log_history,
-            n=len(eval_dataset),
-            samples_per_problem=script_args.report_samples,
-            steps=trainer.state.global_step,
-            seconds=round(time.perf_counter() - start, 1),
-            seed=training_args.seed,
-        )
-        print(f"pass@1 after:  {describe(after)}", flush=True)
-        print(f"summary.json and curves.png are in {training_args.output_dir}", flush=True)
+        facts = {"n": len(eval_dataset), "samples_per_problem": script_args.report_samples}
+        summary = make_report(measure_pass_at_1, before, trainer, start, **facts)
     if training_args.push_to_hub:
         name = script_args.dataset_name
         trainer.push_to_hub(dataset_name="generated arithmetic" if name == EMBEDDED_DATASET else name)
@@ -278,5 +316,11 @@ def main(arguments: list[str] | None = None) -> dict[str, Any] | None:
     return summary
 
 
+def run() -> None:
+    """Run the script with the command line's arguments; a mistake in them ends it with one sentence."""
+    with SetupPhase() as phase:
+        main(setup=phase)
+
+
 if __name__ == "__main__":
-    main()
+    run()
