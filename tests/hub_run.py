@@ -24,6 +24,7 @@ from transformers import TrainerCallback
 
 from opo_trl import OPOConfig, OPOTrainer
 from opo_trl.runs.checkpoints import incomplete_reason, latest_complete
+from plain import plain_trainer
 from test_preemption import AskedInTheMiddle
 from test_resume import letters_reward, sampling_trainer
 from tiny import scripted_dataset, tiny_config, tiny_model, tiny_tokenizer
@@ -72,6 +73,14 @@ def every_save(output_dir):
     trainer = pushing_trainer(output_dir, "alice/every-save", hub_strategy="every_save", hub_private_repo=True)
     trainer.train()
     return outcome(trainer)
+
+
+def plain(output_dir):
+    """TRL's own trainer and configuration, with the mixin."""
+    settings = {"push_to_hub": True, "hub_token": "hf_writer", "save_steps": 4, "hub_strategy": "every_save"}
+    WATCHED.trainer = plain_trainer(output_dir, hub_model_id="alice/plain", **settings)
+    WATCHED.trainer.train()
+    return outcome(WATCHED.trainer)
 
 
 def checkpoint(output_dir):

@@ -1,10 +1,10 @@
 """
-A training run that goes on where it can, to be killed from outside or at a file of a save; see test_checkpoints.py.
+A training run that resumes where it can, to be killed from outside or at a file of a save; see test_checkpoints.py.
 
     python tests/killed_run.py OUTPUT_DIR
 
-With KILL_IN_SAVE=NAME:N it kills itself as it opens the N-th file of that name in a checkpoint, or, for the marker, as
-it is about to put it into its place.
+PLAIN=1 takes TRL's trainer with reliable runs in place of OPOTrainer. With KILL_IN_SAVE=NAME:N it kills itself as it
+opens the N-th file of that name in a checkpoint, or, for the marker, as it is about to put it into its place.
 """
 
 import conftest  # noqa: F401  the environment of the tests, before anything else is imported
@@ -20,6 +20,7 @@ import torch
 from transformers import TrainerCallback
 
 from opo_trl.runs.checkpoints import MARKER, latest_complete
+from plain import plain_trainer
 from test_resume import sampling_trainer
 from tiny import tiny_model
 
@@ -49,7 +50,8 @@ def main() -> None:
     if os.environ.get("KILL_IN_SAVE"):
         name, count = os.environ["KILL_IN_SAVE"].split(":")
         kill_in_save(name, int(count))
-    trainer = sampling_trainer(output_dir, tiny_model(), num_steps=40)
+    make_trainer = plain_trainer if os.environ.get("PLAIN") else sampling_trainer
+    trainer = make_trainer(output_dir, tiny_model(), num_steps=40)
     trainer.add_callback(PrintSteps())
     trainer.train(resume_from_checkpoint=latest_complete(output_dir)[0] is not None or None)
     torch.save(trainer.model.state_dict(), output_dir / "final.pt")

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig
 
 from opo_trl import OPOConfig
 from opo_trl.runs.checkpoints import (
@@ -27,14 +27,9 @@ from opo_trl.runs.checkpoints import (
     unmark,
 )
 from opo_trl.runs.hub import UnpickledToken
-from opo_trl.runs.reliable_runs import ReliableRuns
+from plain import PlainTrainer
 from test_resume import sampling_trainer
 from tiny import scripted_dataset, scripted_reward, scripted_trainer, tiny_model, tiny_tokenizer
-
-
-class PlainTrainer(ReliableRuns, GRPOTrainer):
-    """TRL's trainer with nothing of OPO's."""
-
 
 KILLED_RUN = Path(__file__).with_name("killed_run.py")
 
@@ -337,9 +332,9 @@ def test_a_marker_that_cannot_be_written_is_said_and_costs_no_checkpoint(tmp_pat
     assert latest_complete(tmp_path)[0] == tmp_path / "checkpoint-2"
 
 
-def run_until_killed(output_dir, kill_in_save=None, kill_after=None):
+def run_until_killed(output_dir, kill_in_save=None, kill_after=None, **variables):
     """One attempt of a run that always goes on where it can: the exit status, and what it printed."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "KILL_IN_SAVE": str(kill_in_save or "")}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "KILL_IN_SAVE": str(kill_in_save or ""), **variables}
     process = subprocess.Popen(
         [sys.executable, str(KILLED_RUN), str(output_dir)],
         env=environment,
@@ -373,4 +368,17 @@ def test_a_run_killed_ten_times_ends_in_the_same_bits(tmp_path):
     assert status == 0, printed
     expected, actual = (torch.load(tmp_path / name / "final.pt") for name in ("undisturbed", "killed"))
     assert expected.keys() == actual.keys()
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+@pytest.mark.slow
+def test_a_plain_grpo_run_killed_in_a_save_ends_bitwise_identical(tmp_path):
+    status, printed = run_until_killed(tmp_path / "undisturbed", PLAIN="1")
+    assert status == 0, printed
+    for kill_in_save in ("trainer_state.json:2", f"{MARKER}:1"):
+        status, printed = run_until_killed(tmp_path / "killed", kill_in_save=kill_in_save, PLAIN="1")
+        assert status == -signal.SIGKILL, printed
+    status, printed = run_until_killed(tmp_path / "killed", PLAIN="1")
+    assert status == 0, printed
+    expected, actual = (torch.load(tmp_path / name / "final.pt") for name in ("undisturbed", "killed"))
     assert all(torch.equal(actual[name], expected[name]) for name in expected)

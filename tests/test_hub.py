@@ -18,7 +18,7 @@ from opo_trl.runs.hub import BackgroundPushes, PushError, describe_error
 TESTS = Path(__file__).parent
 CASES = (
     "every_save", "checkpoint", "every_checkpoint", "end", "slow", "quota", "interrupted_and_resumed", "preempted",
-    "refused", "not_asked",
+    "refused", "not_asked", "plain",
 )  # fmt: skip
 QUOTA = (
     Fault("POST /api/models/alice/quota/commit", 403, "Private repository storage limit reached", times=1),
@@ -109,6 +109,18 @@ def test_every_save_leaves_the_folder_on_the_hub(pushed):
         repository.files["model.safetensors"]
         == (output_dir / "every_save" / "checkpoint-8" / "model.safetensors").read_bytes()
     )
+
+
+def test_a_plain_grpo_trainer_with_reliable_runs_pushes(pushed):
+    hub, output_dir, results = pushed
+    assert results["plain"]["result"] == {"step": 8, "failures": []}
+    repository = hub.repositories["alice/plain"]
+    assert [commit.summary for commit in repository.commits[1:]] == [
+        "Training in progress, step 4",
+        "Training in progress, step 8",
+    ]
+    assert repository.files == local_files(output_dir / "plain")
+    assert not any(b"hf_writer" in content for content in repository.files.values())
 
 
 def test_the_last_checkpoint_on_the_hub_is_whole(pushed, tmp_path):

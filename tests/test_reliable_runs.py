@@ -1,0 +1,68 @@
+"""A plain GRPOTrainer with `ReliableRuns` resumes, survives and raises. It pushes: test_hub.py."""
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+
+from opo_trl.runs.guarded_functions import RewardError
+from opo_trl.runs.preemption import EXIT_CODE
+from plain import plain_trainer
+from test_preemption import AskedInTheMiddle
+from test_resume import STEPS
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("undisturbed")
+    trainer = plain_trainer(directory)
+    trainer.train()
+    return directory, {name: value.clone() for name, value in trainer.model.state_dict().items()}
+
+
+def ends_alike(trainer, undisturbed):
+    assert trainer.state.global_step == STEPS
+    return all(torch.equal(value, undisturbed[1][name]) for name, value in trainer.model.state_dict().items())
+
+
+@pytest.mark.parametrize("step", [1, 4, 7])
+def test_a_plain_run_resumes_bitwise_in_any_epoch(tmp_path, undisturbed, step):
+    trainer = plain_trainer(tmp_path)
+    trainer.train(resume_from_checkpoint=str(undisturbed[0] / f"checkpoint-{step}"))
+    assert ends_alike(trainer, undisturbed)
+
+
+def test_a_plain_run_survives_sigterm_in_the_middle_of_a_step(tmp_path, undisturbed):
+    asked = plain_trainer(tmp_path, save_strategy="no", callbacks=[AskedInTheMiddle(step=5)])
+    with pytest.raises(SystemExit) as ended:
+        asked.train(resume_from_checkpoint="auto")
+    assert ended.value.code == EXIT_CODE
+    again = plain_trainer(tmp_path, save_strategy="no")
+    again.train(resume_from_checkpoint="auto")
+    assert ends_alike(again, undisturbed)
+
+
+def test_a_plain_run_raises_a_failing_reward_and_starts_again(tmp_path):
+    fails = iter([True])
+
+    def reward(completions, **kwargs):
+        if next(fails, False):
+            raise OverflowError("once")
+        return [float(len(text)) for text in completions]
+
+    trainer = plain_trainer(tmp_path, num_steps=1)
+    trainer.reward_funcs = [trainer._guard.reward(reward, "reward")]
+    with pytest.raises(RewardError, match="'reward' failed on rank 0: OverflowError: once"):
+        trainer.train()
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+def test_the_card_of_a_plain_run_has_its_configuration_and_no_method_of_ours(tmp_path, undisturbed):
+    trainer = plain_trainer(tmp_path, num_steps=1)
+    trainer.train()
+    trainer.create_model_card()
+    text = ModelCard((tmp_path / "README.md").read_text()).text
+    assert "| steps | 1 of 1 |" in text
+    assert "mean training reward, step 1" in text
+    assert "OPO, On-Policy" not in text
+    assert "weight in the baseline" not in text
