@@ -43,6 +43,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..data import INSTRUCTION
 from ..evaluation import Record, average, problem_metrics
+from ..evaluation.diversity import check_self_bleu
 from ..evaluation.records_file import append_records, merge_parts, part_path, read_parts, read_records
 from ..evaluation.sampling import TransformersSampler, record_seed, tokenize_prompt
 from ..evaluation.scoring import score_completions
@@ -375,6 +376,8 @@ def load_inputs(
     args: EvaluationArguments, state: PartialState
 ) -> tuple[dict[str, list[Checkpoint]], list[Task], Policy | None]:
     """Find the checkpoints by method, and load the datasets and every tokenizer, whose faults show before sampling."""
+    if max(args.num_samples) > 1:
+        check_self_bleu()
     methods = {short_name(model): find_checkpoints(model, args.last_checkpoints) for model in args.models}
     tasks = load_tasks(args)
     check_names("models", list(methods), args.models)
