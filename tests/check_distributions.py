@@ -23,7 +23,7 @@ import opo_trl
 ROOT = Path(__file__).resolve().parents[1]
 QUICK_TESTS = [
     f"tests/test_{name}.py"
-    for name in ("baselines", "config", "contract", "house", "imports", "repository", "tested_trl")
+    for name in ("baselines", "config", "contract", "release", "imports", "repository", "tested_trl")
 ]
 
 

@@ -56,7 +56,7 @@ def test_fixed_shapes_make_the_same_update(tmp_path, monkeypatch):
     """Where rows may not be regrouped, as with images, they run in the parent's chunks."""
     settings = {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 4}
     trainer = scripted_trainer(tmp_path, **settings, **UNCERTAINTY)
-    monkeypatch.setattr(trainer, "_why_not_regrouped", lambda batch: "fixed shapes")
+    monkeypatch.setattr(trainer, "_obstacle", lambda batch: "fixed shapes")
     shapes = record_forwards(trainer.model)
     expected = reinforce_update(tiny_model(), scripted_groups(), weigh=uncertainty)
     assert relative_error(update_of(trainer), expected) < 1e-5

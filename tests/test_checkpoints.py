@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import TrainerCallback
-from trl import GRPOConfig
+from trl import GRPOConfig, GRPOTrainer
 
 from opo_trl import OPOConfig
 from opo_trl.runs.checkpoints import (
@@ -27,9 +27,14 @@ from opo_trl.runs.checkpoints import (
     unmark,
 )
 from opo_trl.runs.hub import UnpickledToken
-from opo_trl.runs.pushing import PushingTrainer
+from opo_trl.runs.reliable_runs import ReliableRuns
 from test_resume import sampling_trainer
 from tiny import scripted_dataset, scripted_reward, scripted_trainer, tiny_model, tiny_tokenizer
+
+
+class PlainTrainer(ReliableRuns, GRPOTrainer):
+    """TRL's trainer with nothing of OPO's."""
+
 
 KILLED_RUN = Path(__file__).with_name("killed_run.py")
 
@@ -177,7 +182,7 @@ def test_the_last_checkpoint_is_deleted_only_when_the_next_is_whole(tmp_path, mo
         there.append({path.name for path in tmp_path.glob("checkpoint-*")})
         mark_complete(checkpoint)
 
-    monkeypatch.setattr("opo_trl.runs.resumable.mark_complete", look)
+    monkeypatch.setattr("opo_trl.runs.reliable_runs.mark_complete", look)
     sampling_trainer(tmp_path, tiny_model(), save_total_limit=1).train()
     assert there[1] == {"checkpoint-1", "checkpoint-2"}
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-8"]
@@ -199,7 +204,7 @@ def test_the_saved_arguments_are_those_of_the_user_without_the_token(tmp_path):
 
 def test_a_token_is_kept_out_of_the_arguments_of_a_plain_grpo_run(tmp_path):
     config = GRPOConfig(str(tmp_path), use_cpu=True, bf16=False, num_generations=4, hub_token="hf_secret")
-    trainer = PushingTrainer(
+    trainer = PlainTrainer(
         tiny_model(),
         scripted_reward,
         config,
@@ -233,7 +238,7 @@ def test_a_full_disk_is_said_and_costs_no_checkpoint(tmp_path):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     trainer._save_optimizer_and_scheduler = run_out_of_space
-    with pytest.raises(RuntimeError, match=r"checkpoint-3 could not be saved: .*No space left.*checkpoint-2 is whole"):
+    with pytest.raises(RuntimeError, match=r"checkpoint-3 could not be saved: .*No space.*checkpoint-2 is complete"):
         trainer.train()
     assert latest_complete(tmp_path)[0] == tmp_path / "checkpoint-2"
     again = sampling_trainer(tmp_path, tiny_model())
@@ -326,8 +331,8 @@ def test_a_marker_that_cannot_be_written_is_said_and_costs_no_checkpoint(tmp_pat
             raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
         mark_complete(checkpoint)
 
-    monkeypatch.setattr("opo_trl.runs.resumable.mark_complete", fail_at_the_third)
-    with pytest.raises(RuntimeError, match=r"checkpoint-3 could not be saved: .*quota exceeded.*checkpoint-2 is whole"):
+    monkeypatch.setattr("opo_trl.runs.reliable_runs.mark_complete", fail_at_the_third)
+    with pytest.raises(RuntimeError, match=r"checkpoint-3 could not be saved: .*quota.*checkpoint-2 is complete"):
         sampling_trainer(tmp_path, tiny_model(), save_total_limit=1).train()
     assert latest_complete(tmp_path)[0] == tmp_path / "checkpoint-2"
 

@@ -2,8 +2,8 @@
 Each private name of TRL that the trainer stands on, one test a name.
 
 When TRL moves, the test that fails names the seam: read the parent's new code there, then the override in
-`opo_trl/trainer.py`; for saving and resuming, in `opo_trl/resumable.py`; for the Hub, in `opo_trl/pushing.py`. Nothing
-else in the package may touch these names (`test_only_the_trainers_touch_trls_insides`).
+`opo_trl/trainer.py`; for saving, resuming and the Hub, in `opo_trl/runs/reliable_runs.py`. Nothing else in the package
+may touch these names (`test_only_the_trainers_touch_trls_insides`).
 """
 
 import ast
@@ -27,6 +27,7 @@ from opo_trl import OPOTrainer
 from opo_trl.config import _CONTRACT
 from opo_trl.rewards import boxed_format_reward
 from opo_trl.runs.model_card import NO_BASE_MODEL, NO_REPOSITORY, VERSIONS
+from opo_trl.trainer import FORWARD_ARGUMENTS
 from tiny import GROUP_SIZE, scripted_trainer
 
 
@@ -56,10 +57,18 @@ def test_calculate_rewards(tmp_path):
         "completions",
         "completion_ids_list",
     ]
+    returned = []
+
+    class Recording(OPOTrainer):
+        def _calculate_rewards(self, *args, **kwargs):
+            returned.append(super()._calculate_rewards(*args, **kwargs))
+            return returned[0]
+
     trainer = scripted_trainer(tmp_path, per_device_train_batch_size=24)
+    trainer.__class__ = Recording
     trainer.train()
-    assert trainer._rewards_per_func.shape == (24, 1)
-    assert torch.isnan(trainer._rewards_per_func).sum() == 4
+    assert returned[0].shape == (24, 1)
+    assert torch.isnan(returned[0]).sum() == 4
 
 
 def test_generate_and_score_completions(tmp_path, monkeypatch):
@@ -128,6 +137,13 @@ def test_get_per_token_logps_and_entropies(tmp_path):
     assert torch.allclose(logps[0], full[torch.arange(3), ids[0, 2:]], atol=1e-5)
     assert torch.allclose(entropies[0], -(full.exp() * full).sum(dim=-1), atol=1e-5)
     assert aux_loss is None
+
+
+def test_what_the_forward_takes_besides_tokens():
+    tokens = {"self", "model", "input_ids", "attention_mask", "logits_to_keep"}
+    options = {"batch_size", "compute_entropy", "compute_aux_loss"}
+    forward = set(parameters(GRPOTrainer._get_per_token_logps_and_entropies))
+    assert forward - tokens - options == set(FORWARD_ARGUMENTS)
 
 
 def test_metrics_and_logs(tmp_path):
@@ -200,7 +216,7 @@ def test_only_the_trainers_touch_trls_insides():
         source = path.read_text()
         assert "trl.experimental" not in source
         assert "trl.trainer" not in source, f"{path.name}: import from trl's public names"
-        if path.name not in ("trainer.py", "resumable.py", "pushing.py"):
+        if path.name not in ("trainer.py", "reliable_runs.py"):
             assert not re.search(r"super\(\)\._(?!_)|trainer\._|self\._(metrics|logs)", source), path.name
 
 

@@ -116,5 +116,5 @@ def test_a_full_disk_on_one_rank_is_said_on_both_and_costs_no_checkpoint(runs):
     messages = [(runs[1] / FULL_DISK / f"message.{rank}").read_text() for rank in (0, 1)]
     assert "checkpoint-2 could not be saved: another rank failed" in messages[0]
     assert "checkpoint-2 could not be saved: [Errno 28] No space left on device" in messages[1]
-    assert all("checkpoint-1 is whole: make room and go on from there" in message for message in messages)
+    assert all("checkpoint-1 is complete: free space and resume from it" in message for message in messages)
     assert latest_complete(runs[1] / FULL_DISK)[0].name == "checkpoint-1"

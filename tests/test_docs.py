@@ -27,7 +27,6 @@ from opo_trl.config import _CONTRACT
 from opo_trl.rewards import math_verify_reward
 from opo_trl.scripts import cli, evaluate_math, train_math
 from pages import PAGES, ROOT, anchors, links, page, tables, the_table
-from test_imports import ALLOWED
 from tiny import scripted_dataset, scripted_reward, scripted_trainer
 
 BLOCKS = [block for path in PAGES for block in read_blocks(path)]
@@ -231,13 +230,6 @@ def test_every_field_that_changes_or_is_refused_is_in_the_table():
 
 def the_section(text, title):
     return text.split(f"## {title}\n")[1].split("\n## ")[0]
-
-
-def test_the_drawing_of_the_house_is_the_one_that_imports_obey():
-    (drawing,) = [block for block in BLOCKS if block.language == "mermaid"]
-    drawn = re.findall(r"(\w+) --> (\w+)", drawing.text)
-    assert len(drawn) == len(set(drawn))
-    assert set(drawn) == {(used, room) for room, uses in ALLOWED.items() for used in uses if room != "__init__"}
 
 
 def test_the_lines_beside_the_formulas_are_in_the_code():

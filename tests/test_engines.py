@@ -106,7 +106,7 @@ def test_a_full_disk_on_one_rank_ends_both_within_the_engines_collectives(tmp_pa
     assert end.code == 1, end.printed
     message = (tmp_path / case / f"message.{rank}").read_text()
     assert "checkpoint-2 could not be saved: [Errno 28] No space left on device" in message
-    assert "checkpoint-1 is whole: make room and go on from there" in message
+    assert "checkpoint-1 is complete: free space and resume from it" in message
     assert message in end.printed, "and not in a file alone"
     assert latest_complete(tmp_path / case)[0].name == "checkpoint-1"
 

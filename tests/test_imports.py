@@ -11,47 +11,6 @@ import opo_trl
 
 PACKAGE = Path(opo_trl.__file__).parent
 
-# The house's one-way arrows: what each room may import of the package.
-ALLOWED = {
-    "__init__": {"config", "trainer", "tested_trl"},  # the first two lazily
-    "baselines": set(),
-    "checkpoints": set(),
-    "sampler": set(),
-    "metrics": {"baselines"},
-    "config": {"sampler"},
-    "data": {"rewards"},
-    "preflight": set(),
-    "microbatches": set(),
-    "step_statistics": set(),
-    "sampler_correction": {"step_statistics"},
-    "determinism": set(),
-    "epoch_order": set(),
-    "preemption": set(),
-    "tested_trl": set(),
-    "tracking": set(),
-    "hub": set(),
-    "model_card": set(),
-    "resumable": {"checkpoints", "epoch_order", "preemption", "tested_trl", "tracking"},
-    "pushing": {"hub", "resumable"},
-    "trainer": {
-        "baselines",
-        "config",
-        "determinism",
-        "evaluation",
-        "metrics",
-        "microbatches",
-        "model_card",
-        "preflight",
-        "pushing",
-        "sampler",
-        "sampler_correction",
-        "step_statistics",
-        "tracking",
-    },
-    "rewards": set(),
-    "evaluation": set(),
-}
-
 # Within the rewards: text, then what a worker process runs, what starts the workers, and what a trainer calls.
 ALLOWED_IN_REWARDS = {
     "__init__": {"boxed_format", "math_verify"},
@@ -115,24 +74,3 @@ def test_imports_within_the_rewards_point_one_way():
             [node.module] if node.module else [alias.name for alias in node.names] for node in nodes if node.level == 1
         ]
         assert {sibling for group in siblings for sibling in group} <= ALLOWED_IN_REWARDS[name], path
-
-
-def imported_rooms(path):
-    """Rooms of the package that a file imports, wherever in the file the import stands."""
-    rooms = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom):
-            module = node.module or ""
-            if (node.level == 1 and path.parent == PACKAGE) or node.level == 2:
-                rooms.add(module.split(".")[0])
-            elif module.startswith("opo_trl"):
-                rooms.add([*module.split("."), ""][1])
-    return rooms - {""}
-
-
-def test_imports_point_one_way():
-    rooms = {path.stem if path.parent == PACKAGE else path.parent.name for path in PACKAGE.rglob("*.py")}
-    assert rooms == set(ALLOWED)
-    for path in PACKAGE.rglob("*.py"):
-        room = path.stem if path.parent == PACKAGE else path.parent.name
-        assert imported_rooms(path) <= ALLOWED[room], path

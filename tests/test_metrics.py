@@ -5,10 +5,16 @@ import math
 import torch
 from hypothesis import assume, given
 
-from opo_trl.algorithm.metrics import rollout_metrics
+from opo_trl.algorithm import metrics as algorithm_metrics
+from opo_trl.algorithm.rollout import estimate_advantages
+from opo_trl.baselines import optimal_baseline
 from test_baselines import batches, oracle_baseline
 
 NAN = math.nan
+
+
+def rollout_metrics(rewards, lengths):
+    return algorithm_metrics.rollout_metrics(estimate_advantages(rewards, lengths, lengths, optimal_baseline))
 
 
 def groups_of(rewards, lengths):

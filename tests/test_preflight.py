@@ -11,8 +11,9 @@ import torch
 from datasets import Dataset, IterableDataset
 
 from opo_trl import OPOTrainer
-from opo_trl.on_policy.preflight import _PASSED_BY_TRL, check_reward_parameters, check_reward_values
+from opo_trl.on_policy.reward_parameters import _PASSED_BY_TRL, check_reward_parameters
 from opo_trl.rewards import boxed_format_reward, math_verify_reward
+from opo_trl.runs.reward_values import check_reward_values
 from tiny import scripted_reward, scripted_rollout, tiny_config, tiny_model, tiny_tokenizer
 
 PROBLEMS = Dataset.from_dict({"prompt": ["1+1", "2+2", "3+3", "4+4"], "solution": ["2", "4", "6", "8"]})

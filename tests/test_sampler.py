@@ -6,7 +6,7 @@ from peft import LoraConfig
 from transformers import GenerationConfig
 
 from opo_trl import OPOTrainer
-from opo_trl.on_policy.sampling_settings import NEUTRAL_VALUES, law_changes
+from opo_trl.on_policy.sampling_settings import NEUTRAL_VALUES, distribution_changes
 from tiny import scripted_dataset, scripted_trainer, tiny_config, tiny_model, tiny_tokenizer
 
 # Settings of GenerationConfig that leave the law of each token alone: when to stop, how to compute, what to return.
@@ -30,9 +30,13 @@ def test_every_setting_of_the_installed_transformers_is_judged():
     assert set(NEUTRAL_VALUES) & HARMLESS == set()
 
 
-def test_law_changes_names_values_not_keys():
-    assert law_changes({"top_p": 1, "top_k": 0, "min_p": None, "unknown": 3, "temperature": 0.3}) == []
-    assert law_changes({"top_p": 0.9, "num_beams": 4, "do_sample": False}) == ["do_sample", "num_beams", "top_p"]
+def test_distribution_changes_names_values_not_keys():
+    assert distribution_changes({"top_p": 1, "top_k": 0, "min_p": None, "unknown": 3, "temperature": 0.3}) == []
+    assert distribution_changes({"top_p": 0.9, "num_beams": 4, "do_sample": False}) == [
+        "do_sample",
+        "num_beams",
+        "top_p",
+    ]
 
 
 def sampling_trainer(tmp_path, model, **overrides):

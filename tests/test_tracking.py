@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from opo_trl.baselines import opo_advantages
 from opo_trl.runs.checkpoints import MARKER
-from opo_trl.runs.tracking import RUN_FILE, ContinuedWandb
+from opo_trl.runs.tracking import RUN_FILE, ResumedWandb
 from test_resume import STEPS, sampling_trainer
 from tiny import GROUP_SIZE, SCRIPT, scripted_trainer, tiny_model
 
@@ -155,8 +155,8 @@ def test_who_wants_another_run_says_so(tmp_path, monkeypatch, variables, started
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     trainer = scripted_trainer(tmp_path / "out", report_to="wandb")
-    callback = next(each for each in trainer.callback_handler.callbacks if isinstance(each, ContinuedWandb))
-    callback.go_on_from(tmp_path)
+    callback = next(each for each in trainer.callback_handler.callbacks if isinstance(each, ResumedWandb))
+    callback.resume_from(tmp_path)
     asked = []
 
     def stop(**arguments):
@@ -175,8 +175,8 @@ def test_a_run_that_the_user_has_started_is_left_alone(wandb_in, tmp_path):
     (tmp_path / "checkpoint" / RUN_FILE).write_text(json.dumps({"id": "kept", "project": "mine", "entity": ""}))
     wandb.init(id="own", project="theirs")
     trainer = scripted_trainer(tmp_path, report_to="wandb")
-    callback = next(each for each in trainer.callback_handler.callbacks if isinstance(each, ContinuedWandb))
-    callback.go_on_from(tmp_path / "checkpoint")
+    callback = next(each for each in trainer.callback_handler.callbacks if isinstance(each, ResumedWandb))
+    callback.resume_from(tmp_path / "checkpoint")
     trainer.train()
     wandb.finish()
     run = read_run(directory)

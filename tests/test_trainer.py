@@ -537,9 +537,9 @@ def test_continuous_batching_that_would_round_the_weights_is_refused_before_the_
     args = tiny_config(tmp_path, use_transformers_continuous_batching=True)
     args.bf16 = True
     with pytest.raises(ValueError, match=r"casts the trained weights to bf16 .*, got weights in float32"):
-        OPOTrainer("no such model", scripted_reward, args, scripted_dataset())
+        OPOTrainer("no such model", boxed_format_reward, args, scripted_dataset())
     with pytest.raises(ValueError, match=r"casts the trained weights to bf16 .*, got weights in float32"):
-        OPOTrainer(tiny_model(), scripted_reward, args, scripted_dataset(), processing_class=tiny_tokenizer())
+        OPOTrainer(tiny_model(), boxed_format_reward, args, scripted_dataset(), processing_class=tiny_tokenizer())
     check_continuous_batching(args, tiny_model().to(torch.bfloat16))
     args.bf16 = False
     check_continuous_batching(args, tiny_model())

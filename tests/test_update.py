@@ -112,22 +112,22 @@ def test_several_steps_each_get_their_own_plan(tmp_path):
 def test_what_is_not_understood_keeps_the_parents_plan(tmp_path, extra, setting, reason):
     trainer = scripted_trainer(tmp_path)
     batch = {name: torch.zeros(8, 3) for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")}
-    assert trainer._why_not_regrouped(batch) is None
+    assert trainer._obstacle(batch) is None
     for name, value in setting.items():
         setattr(trainer.args, name, value)
-    assert re.search(reason, trainer._why_not_regrouped({**batch, **extra}))
+    assert re.search(reason, trainer._obstacle({**batch, **extra}))
 
 
 def test_a_router_keeps_the_parents_plan_and_the_reason_is_logged_once(tmp_path, caplog):
     trainer = scripted_trainer(tmp_path, max_steps=3)
-    trainer._why_not_regrouped = lambda batch: "a router"
+    trainer._obstacle = lambda batch: "a router"
     shapes = record_forwards(trainer.model)
     trainer.train()
     assert all(rows == 8 for rows, _ in shapes), "no row is left out"
     assert caplog.text.count("The update keeps TRL's micro-batches, which is slower and has the same gradient") == 1
     router = scripted_trainer(tmp_path)
     router.aux_loss_enabled = True
-    assert "auxiliary loss" in router._why_not_regrouped({"advantages": torch.zeros(8)})
+    assert "auxiliary loss" in router._obstacle({"advantages": torch.zeros(8)})
 
 
 # The correction of a sampler whose numerics differ from the trained model's.

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from transformers.training_args import OptimizerNames
 from trl import GRPOConfig
 
-from .on_policy.sampling_settings import NEUTRAL_VALUES, law_changes
+from .on_policy.sampling_settings import NEUTRAL_VALUES, distribution_changes
 
 
 class _Rule(NamedTuple):
@@ -20,7 +20,7 @@ _ONE_STEP = "takes exactly one optimizer step on each rollout batch"
 _NO_RATIO = "trains on fresh samples only, so the importance ratio is 1 and there is nothing to clip or mask"
 _NO_KL = "has no KL term and no reference model"
 _NO_BONUS = "has no entropy bonus"
-_OWN_LAW = "samples from exactly the distribution that it trains"
+_OWN_SAMPLER = "samples from exactly the distribution that it trains"
 
 # Everything in GRPOConfig that can contradict the algorithm, with the values that do not.
 _CONTRACT = (
@@ -54,9 +54,9 @@ _CONTRACT = (
     ),
     _Rule("disable_dropout", (True,), "takes the gradient of the network that sampled, without dropout"),
     _Rule("neftune_noise_alpha", (None, 0.0), "takes the gradient of the network that sampled, without noise"),
-    _Rule("vllm_structured_outputs_regex", (None,), _OWN_LAW),
+    _Rule("vllm_structured_outputs_regex", (None,), _OWN_SAMPLER),
     *(
-        _Rule(name, NEUTRAL_VALUES[name], _OWN_LAW)
+        _Rule(name, NEUTRAL_VALUES[name], _OWN_SAMPLER)
         for name in ("top_p", "top_k", "min_p", "repetition_penalty", "cache_implementation")
     ),
 )
@@ -189,7 +189,7 @@ class OPOConfig(GRPOConfig):
         self._check_generation_kwargs()
         if not self.temperature > 0:
             raise ValueError(
-                f"OPO {_OWN_LAW}: `temperature` must be above 0 (0 is greedy), got {self.temperature!r}. Use 1.0."
+                f"OPO {_OWN_SAMPLER}: `temperature` must be above 0 (0 is greedy), got {self.temperature!r}. Use 1.0."
             )
         if not (math.isfinite(self.length_exponent) and self.length_exponent >= 0):
             raise ValueError(
@@ -286,17 +286,17 @@ class OPOConfig(GRPOConfig):
         for name in ("top_p", "top_k", "repetition_penalty") if self.use_vllm else ():
             if getattr(self, name) is None:  # a server may take it from the model's generation config
                 raise ValueError(
-                    f"OPO {_OWN_LAW}: with `use_vllm=True`, `{name}` must be {NEUTRAL_VALUES[name][1]!r}, got None, "
-                    f"for which vLLM may use the model's own setting. Leave `{name}` out."
+                    f"OPO {_OWN_SAMPLER}: with `use_vllm=True`, `{name}` must be {NEUTRAL_VALUES[name][1]!r}, got "
+                    f"None, for which vLLM may use the model's own setting. Leave `{name}` out."
                 )
-        for name in law_changes(settings):
+        for name in distribution_changes(settings):
             raise ValueError(
-                f"OPO {_OWN_LAW}: `generation_kwargs` must not set `{name}` to {settings[name]!r}, which samples from "
-                f"another one. Remove `{name}` from `generation_kwargs`."
+                f"OPO {_OWN_SAMPLER}: `generation_kwargs` must not set `{name}` to {settings[name]!r}, which samples "
+                f"from another one. Remove `{name}` from `generation_kwargs`."
             )
         if settings.get("temperature", self.temperature) != self.temperature:
             raise ValueError(
-                f"OPO {_OWN_LAW}: `generation_kwargs` sets `temperature` to {settings['temperature']!r} while the "
+                f"OPO {_OWN_SAMPLER}: `generation_kwargs` sets `temperature` to {settings['temperature']!r} while the "
                 f"gradient is taken at `temperature`={self.temperature!r}. Set `temperature` itself instead."
             )
 

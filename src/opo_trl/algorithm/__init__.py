@@ -1,1 +1,1 @@
-"""What OPO computes. Pure torch."""
+"""What OPO computes, in torch alone: baselines, the rollout, metrics. A new baseline starts here."""

@@ -1,11 +1,14 @@
 """
-The optimal reward baseline of OPO (arXiv 2505.23585): the whole algorithm, on one screen.
+The optimal reward baseline of OPO (arXiv 2505.23585), and the baselines that it is compared with.
 
     b*(x) = sum_i l_i r_i / sum_i l_i        optimal reward baseline (Eq. 12)
     A_i   = r_i - b*(x)                      no division by a standard deviation
 
 The exact optimum (Eq. 9) weighs each reward by the squared norm of its completion's score, |grad log pi(y_i|x)|^2; the
 paper takes the completion length l_i in its place, because that norm grows with the number of summed token gradients.
+
+A baseline maps rewards (P, K) and weights (P, K) to (P, 1) or (P, K), as [`OPOTrainer.baseline`] does. A weight of 0
+marks a completion that takes no part.
 """
 
 import torch
@@ -63,7 +66,7 @@ def opo_advantages(
     rewards: torch.Tensor, lengths: torch.Tensor, length_exponent: float = 1.0
 ) -> torch.Tensor:  # (P, K), (P, K) -> (P, K)
     r"""
-    Advantages of OPO, `r - b*`: the reward over the optimal baseline of its group, not divided by anything.
+    Advantages of OPO, `r - b*`: the reward minus the optimal baseline of its group, not divided by anything.
 
     In every group `sum_i l_i A_i = 0` (with `length_exponent=1`), so a loss that sums token terms has the value 0 by
     construction; its gradient is what counts.
@@ -88,11 +91,51 @@ def takes_part(rewards: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:  #
     return ~torch.isnan(rewards) & (lengths > 0)
 
 
+def no_baseline(rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:  # (P, K), (P, K) -> (P, 1)
+    """Plain REINFORCE: the advantage is the reward."""
+    return torch.zeros_like(rewards[:, :1])
+
+
+def group_mean(rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:  # (P, K), (P, K) -> (P, 1)
+    """Unweighted mean reward of each group, the baseline of GRPO."""
+    return optimal_baseline(rewards, weights, length_exponent=0.0)
+
+
+def leave_one_out(rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:  # (P, K), (P, K) -> (P, K)
+    """
+    Mean reward of the *other* completions of the group, which does not bias the gradient.
+
+    A completion that takes part alone is its own baseline: there is nothing to compare it with.
+    """
+    scored = takes_part(rewards, weights)  # (P, K)
+    known = torch.where(scored, rewards, 0.0)
+    others = scored.sum(dim=1, keepdim=True) - scored.int()  # (P, K)
+    mean = (known.sum(dim=1, keepdim=True) - known) / others.clamp(min=1)
+    return torch.where(others > 0, mean, known)
+
+
 def token_uncertainty(logps: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:  # (B, C), (B, C) -> (B,)
     r"""
-    `sum_t (1 - pi(y_t))^2`, a weight in place of the length: tokens that the policy is sure of have hardly a gradient.
+    `sum_t (1 - pi(y_t))^2`, a weight in place of the length: confident tokens contribute almost no gradient.
 
     The squared norm of a token's score with respect to the logits, `(1 - pi(y_t))^2 + sum_{v != y_t} pi(v)^2` (the
     weight of arXiv 2602.07078), is between once and twice this, which takes the tokens' own log-probabilities alone.
     """
-    return (torch.expm1(logps.float()).square() * loss_mask).sum(dim=1)
+    return uncertainties(logps, loss_mask).sum(dim=1)
+
+
+def uncertainties(logps: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:  # (B, C), (B, C) -> (B, C)
+    """`(1 - pi(y_t))^2` of each trainable token, 0 for the others."""
+    return torch.expm1(logps.float()).square() * loss_mask
+
+
+def surprise(logps: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:  # (B, C), (B, C) -> (B,)
+    """`sum_t (1 - pi(y_t))`, whose expectation over `y_t` is that of the squared norm of the score."""
+    return -(torch.expm1(logps.float()) * loss_mask).sum(dim=1)
+
+
+def logit_norm(log_probs: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:  # (C, V), (C,) -> ()
+    """`sum_t (1 - 2 pi(y_t) + sum_v pi(v)^2)`, the squared norm of the score in the logits (arXiv 2602.07078)."""
+    probabilities = log_probs.exp()
+    own = probabilities.gather(1, tokens.unsqueeze(1)).squeeze(1)
+    return (1 - 2 * own + probabilities.square().sum(dim=1)).sum()

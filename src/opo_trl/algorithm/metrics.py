@@ -1,28 +1,18 @@
-"""What OPO logs of one rollout batch. Pure torch, on the rewards and lengths of the whole batch."""
+"""What OPO logs of one rollout batch. Pure torch, on the rollout of all ranks."""
 
 import torch
 
-from .baselines import opo_advantages, optimal_baseline, takes_part
+from .baselines import takes_part
+from .rollout import Rollout
 
 
-def rollout_metrics(
-    rewards: torch.Tensor,
-    lengths: torch.Tensor,
-    length_exponent: float = 1.0,
-    weights: torch.Tensor | None = None,
-) -> dict[str, float]:  # (P, K), (P, K), (P, K)
+def rollout_metrics(rollout: Rollout) -> dict[str, float]:
     r"""
     Describe the baseline of a rollout batch.
 
     Args:
-        rewards (`torch.Tensor` of shape `(P, K)`):
-            Reward of each completion, NaN where it is unscorable.
-        lengths (`torch.Tensor` of shape `(P, K)`):
-            Number of trainable tokens of each completion.
-        length_exponent (`float`, *optional*, defaults to `1.0`):
-            As in [`~opo_trl.baselines.optimal_baseline`].
-        weights (`torch.Tensor` of shape `(P, K)`, *optional*):
-            What the baseline weighs completions by, where it is not their length.
+        rollout ([`Rollout`]):
+            Rewards, lengths, weights, baseline and advantages as they are trained.
 
     Returns:
         `dict[str, float]`, each NaN where it is undefined (no completion takes part, or nothing varies):
@@ -40,26 +30,28 @@ def rollout_metrics(
           that a completion's squared gradient norm grows with its weight, not evidence for it.
     """
     # (P, K) is small, and not every device has float64.
-    rewards, lengths = rewards.cpu().double(), lengths.cpu().double()
-    weights = lengths if weights is None else weights.cpu().double()
-    active = takes_part(rewards, weights)  # (P, K)
-    group = active.any(dim=1, keepdim=True)  # (P, 1)
-    rewards_or_zero = torch.where(active, rewards, 0.0)
-    lengths_or_zero = torch.where(active, lengths, 0.0)
-    count = active.sum(dim=1, keepdim=True).clamp(min=1)
-    weights_or_zero = torch.where(active, weights, 0.0)
-    baseline = optimal_baseline(rewards, weights, length_exponent)  # (P, 1)
-    mean = rewards_or_zero.sum(dim=1, keepdim=True) / count  # (P, 1)
-    reward_deviation = torch.where(active, rewards - mean, 0.0)  # (P, K)
-    length_deviation = torch.where(active, lengths - lengths_or_zero.sum(dim=1, keepdim=True) / count, 0.0)
+    rewards, lengths = rollout.rewards.cpu().double(), rollout.lengths.cpu().double()
+    weights = rollout.completion_weights.cpu().double()
+    scored = takes_part(rewards, weights)  # (P, K)
+    group = scored.any(dim=1, keepdim=True)  # (P, 1)
+    count = scored.sum(dim=1, keepdim=True).clamp(min=1)
+    known_rewards, known_lengths = torch.where(scored, rewards, 0.0), torch.where(scored, lengths, 0.0)
+    mean = known_rewards.sum(dim=1, keepdim=True) / count  # (P, 1)
+    if rollout.baseline.shape == (len(rewards), 1):
+        baseline = rollout.baseline.cpu().double()  # (P, 1)
+    else:  # one for each completion or token: their mean over the completions that take part
+        subtracted = torch.where(scored, rewards - rollout.completion_advantages.cpu().double(), 0.0)  # (P, K)
+        baseline = subtracted.sum(dim=1, keepdim=True) / count
+    reward_deviation = torch.where(scored, rewards - mean, 0.0)  # (P, K)
+    length_deviation = torch.where(scored, lengths - known_lengths.sum(dim=1, keepdim=True) / count, 0.0)
     spread = (length_deviation.square().sum() * reward_deviation.square().sum()).sqrt()
-    around_baseline = (weights_or_zero * torch.where(active, rewards - baseline, 0.0).square()).sum()
-    around_mean = (weights_or_zero * reward_deviation.square()).sum()
+    around_baseline = (weights * torch.where(scored, rewards - baseline, 0.0).square()).sum()
+    around_mean = (weights * reward_deviation.square()).sum()
     metrics = {
         "opo/baseline": baseline[group].mean(),
         "opo/baseline_minus_mean": (baseline - mean)[group].mean(),
         "opo/length_reward_correlation": (length_deviation * reward_deviation).sum() / spread,
-        "opo/informative_fraction": (opo_advantages(rewards, weights, length_exponent) != 0).double().mean(),
+        "opo/informative_fraction": rollout.informative.double().mean(),
         "opo/unscorable_fraction": torch.isnan(rewards).double().mean(),
         "opo/variance_proxy": 1 - around_baseline / around_mean,
     }

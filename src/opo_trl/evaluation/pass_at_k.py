@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from math import comb
+from typing import Any
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -48,3 +49,32 @@ def mean_pass_at_k(correct: Sequence[Sequence[bool]], ks: Iterable[int]) -> dict
     return {
         f"pass@{k}": sum(pass_at_k(len(samples), sum(samples), k) for samples in correct) / len(correct) for k in ks
     }
+
+
+class CorrectCompletions:
+    """
+    Collects which completions of an evaluation are correct.
+
+    Args:
+        reward (`str`, *optional*):
+            Name of the reward function whose value 1 means that a completion is correct; `None` collects nothing.
+    """
+
+    def __init__(self, reward: str | None) -> None:
+        self.reward = reward
+        self._correct: list[list[bool]] = []  # for each problem so far
+
+    def clear(self) -> None:
+        """Begin another evaluation."""
+        self._correct = []
+
+    def add(self, rewards: Any, names: Sequence[str], group_size: int) -> None:
+        """Add a batch's rewards, a tensor of shape `(N, F)`, N completions in groups and F reward functions."""
+        if self.reward is not None:
+            column = rewards[:, names.index(self.reward)]
+            self._correct += (column == 1).view(-1, group_size).tolist()
+
+    def pass_at_k(self, num_problems: int, group_size: int) -> dict[str, float]:
+        """pass@1 to pass@`group_size` of the first `num_problems`; empty where nothing was collected."""
+        correct = self._correct[:num_problems]
+        return mean_pass_at_k(correct, range(1, group_size + 1)) if correct else {}

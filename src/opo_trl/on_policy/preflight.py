@@ -1,25 +1,61 @@
 """What must hold of datasets, tokenizers and models, checked before anything expensive starts."""
 
-import functools
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterator
 from contextlib import contextmanager
-from decimal import Decimal
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from torch import nn
 from transformers import AutoProcessor
-from trl import is_conversational
+from trl import GRPOTrainer, is_conversational
+
+from .reward_parameters import check_reward_parameters, columns_of, named_datasets
 
 # What GRPOTrainer passes to a reward function besides the dataset's columns, and which columns it does not pass.
-_PASSED_BY_TRL = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
-_NOT_PASSED = ("prompt", "completion", "completion_ids")
-_USED_COLUMNS = ("prompt", "image", "images")  # what remove_unused_columns=True keeps
+
+
+def check_arguments(
+    model: Any,
+    reward_funcs: Any,
+    args: Any,
+    train_dataset: Any,
+    eval_dataset: Any,
+    processing_class: Any,
+    *rest: Any,
+    **kwargs: Any,
+) -> Any:
+    """
+    Check the arguments of an [`OPOTrainer`] before its model is loaded.
+
+    Args:
+        model, reward_funcs, args, train_dataset, eval_dataset, processing_class, *rest, **kwargs:
+            As given to the trainer.
+
+    Returns:
+        The processing class, loaded where none is given: its faults show before anything expensive, too.
+
+    Raises:
+        ValueError: If training would fail late, succeed without a step, or train something else silently.
+    """
+    given = (
+        inspect.signature(GRPOTrainer)
+        .bind(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, *rest, **kwargs)
+        .arguments
+    )
+    prompts_per_step = args.generation_batch_size // args.num_generations
+    from_environment = given.get("environment_factory") is not None
+    check_datasets(train_dataset, eval_dataset, prompts_per_step, prompt_optional=from_environment)
+    check_rollout_correction(args, given.get("rollout_func"))
+    check_reward_parameters(reward_funcs, train_dataset, eval_dataset, args, given)
+    pass_at_k_reward(args.pass_at_k_reward, reward_funcs)
+    check_continuous_batching(args, model)
+    check_model_directory(model)
+    processing_class = load_processor(model, args) if processing_class is None else processing_class
+    check_tokenizer(train_dataset, processing_class)
+    return processing_class
 
 
 def check_datasets(
@@ -41,9 +77,9 @@ def check_datasets(
     Raises:
         ValueError: If `prompt` is missing or there are too few rows.
     """
-    for name, dataset in _named_datasets(train_dataset, eval_dataset):
+    for name, dataset in named_datasets(train_dataset, eval_dataset):
         rows_needed = prompts_per_step if name == "train_dataset" else 1
-        columns = _columns(dataset)
+        columns = columns_of(dataset)
         if columns is not None and "prompt" not in columns and not prompt_optional:
             raise ValueError(
                 f"`{name}` must have a column `prompt`, got the columns {columns}. Rename the problem's column, or "
@@ -55,105 +91,6 @@ def check_datasets(
                 f"{len(dataset)}. Add prompts, lower per_device_train_batch_size or gradient_accumulation_steps, or "
                 "raise num_generations."
             )
-
-
-def check_reward_parameters(
-    reward_funcs: Any, train_dataset: Any, eval_dataset: Any, args: Any, trainer_kwargs: Mapping[str, Any]
-) -> None:
-    """
-    Refuse a reward function that the dataset's columns cannot be passed to, before anything is generated for it.
-
-    Reward models and names of reward models are not looked at, nor are functions whose signature is not known. Nothing
-    is checked with a `rollout_func` or an `environment_factory`, which add arguments of their own.
-
-    Args:
-        reward_funcs (`Callable`, `str`, [`~torch.nn.Module`] or a `list` of them, *optional*):
-            As handed to the trainer.
-        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`], *optional*):
-            Dataset handed to the trainer. A streamed one whose columns are unknown is not checked.
-        eval_dataset (the same, or a `dict` of them, *optional*):
-            As handed to the trainer.
-        args ([`~trl.GRPOConfig`]):
-            Its `remove_unused_columns` decides which columns are left.
-        trainer_kwargs (`Mapping[str, Any]`):
-            The other keyword arguments of the trainer.
-
-    Raises:
-        ValueError: If a function needs an argument that it will not get, or does not accept one that it will.
-    """
-    if any(trainer_kwargs.get(name) is not None for name in ("rollout_func", "environment_factory")):
-        return
-    for function in reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]:
-        parameters = _parameters(function)
-        if parameters is None:
-            continue
-        for name, dataset in _named_datasets(train_dataset, eval_dataset):
-            columns = _columns(dataset)
-            if columns is not None:
-                if args.remove_unused_columns:
-                    columns = [column for column in columns if column in _USED_COLUMNS]
-                _check_arguments(_function_name(function), parameters, name, columns)
-
-
-def _check_arguments(function: str, parameters: list[inspect.Parameter], dataset: str, columns: list[str]) -> None:
-    """Compare a reward function's parameters with what TRL calls it with: every argument by its name."""
-    passed = [*_PASSED_BY_TRL, *(column for column in columns if column not in _NOT_PASSED)]
-    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    required = [each for each in parameters if each.default is inspect.Parameter.empty and each.kind not in variadic]
-    missing = [each.name for each in required if each.name not in passed]
-    if missing:
-        raise ValueError(
-            "The parameters of a reward function must be columns of the dataset or arguments that TRL passes: "
-            f"{function!r} requires {missing}, `{dataset}` has the columns {columns}, and TRL passes "
-            f"{list(_PASSED_BY_TRL)} and every column but `prompt`. Rename the column or the parameter, or give the "
-            "parameter a default."
-        )
-    positional = [each.name for each in required if each.kind is inspect.Parameter.POSITIONAL_ONLY]
-    if positional:
-        raise ValueError(
-            f"TRL passes every argument of a reward function by name: {function!r} takes {positional} by position "
-            "only. Remove the `/` from its parameters."
-        )
-    if not any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters):
-        by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-        taken = {each.name for each in parameters if each.kind in by_name}
-        refused = [argument for argument in passed if argument not in taken]
-        if refused:
-            raise ValueError(
-                f"A reward function must accept every argument that TRL passes: {function!r} does not take {refused}. "
-                "Add **kwargs to its parameters."
-            )
-
-
-def _parameters(function: Any) -> list[inspect.Parameter] | None:
-    """Parameters of a reward function; `None` where TRL calls it otherwise, or they cannot be known."""
-    if function is None or isinstance(function, str | nn.Module):
-        return None
-    try:
-        # A decorator may add arguments to those that it is called with, so the function below it does not count.
-        return list(inspect.signature(function, follow_wrapped=False).parameters.values())
-    except (TypeError, ValueError):  # no signature, as of some functions in C
-        return None
-
-
-def _function_name(function: Any) -> str:
-    while isinstance(function, functools.partial):
-        function = function.func
-    return str(getattr(function, "__name__", type(function).__name__))
-
-
-def _named_datasets(train_dataset: Any, eval_dataset: Any) -> list[tuple[str, Any]]:
-    """All datasets, with the names that messages call them by."""
-    if isinstance(eval_dataset, dict):
-        evaluated = [(f"eval_dataset[{name!r}]", dataset) for name, dataset in eval_dataset.items()]
-    else:
-        evaluated = [("eval_dataset", eval_dataset)]
-    return [("train_dataset", train_dataset), *evaluated]
-
-
-def _columns(dataset: Any) -> list[str] | None:
-    """Columns of a dataset; `None` where there is none, or a streamed one that does not know them."""
-    return dataset.column_names if isinstance(dataset, Dataset | IterableDataset) else None
 
 
 def check_model_directory(model: Any) -> None:
@@ -247,6 +184,13 @@ def check_tokenizer(dataset: Any, processing_class: Any) -> None:
             "Set tokenizer.chat_template and pass the tokenizer as `processing_class`, or use plain-text prompts "
             "(opo_trl.data.to_plain_text)."
         )
+
+
+def check_loaded_model(model: nn.Module, args: Any, tp_size: int, cp_size: int, sp_size: int) -> None:
+    """Check what is known of a model when it is loaded: that it can be trained, with its dtype and its parallelism."""
+    check_trainable(model)
+    check_data_parallel(tp_size, cp_size, sp_size)
+    check_continuous_batching(args, model)
 
 
 def check_trainable(model: nn.Module) -> None:
@@ -349,62 +293,3 @@ def pass_at_k_reward(name: str | None, reward_funcs: Any) -> str | None:
     if name not in names:
         raise ValueError(f"`pass_at_k_reward` must name one of the reward functions {names}, got {name!r}.")
     return name
-
-
-def check_reward_values(name: str, values: Any, num_completions: int) -> list[Any]:
-    """
-    Refuse what a reward function returned unless it is one number or `None` for each completion.
-
-    Args:
-        name (`str`):
-            Name of the reward function.
-        values (`Any`):
-            What it returned; for an async function, the awaited result.
-        num_completions (`int`):
-            Number of completions that it was called with.
-
-    Returns:
-        `list[Any]`: The values, unchanged. Use it instead of `values`, which may be an iterator that is now exhausted.
-
-    Raises:
-        ValueError: If `values` is not a sequence of that length, or one of them is neither a number nor `None`.
-    """
-    rule = f"The reward function {name!r} must return one number or None for each of the {num_completions} completions"
-    unordered = isinstance(values, str | bytes | Mapping | Set)
-    if unordered or not isinstance(values, Iterable) or getattr(values, "ndim", 1) == 0:
-        hint = " Does it lack a return statement?" if values is None else ""
-        raise ValueError(f"{rule}, got {_short(values)}. Return a list of that length.{hint}")
-    rewards = list(values)
-    if len(rewards) != num_completions:
-        raise ValueError(
-            f"{rule}, got {len(rewards)} values. Return a list of that length, with None for a completion that cannot "
-            "be scored."
-        )
-    for position, reward in enumerate(rewards):
-        if reward is not None and not _is_number(reward):
-            raise ValueError(
-                f"{rule}, got {_short(reward)} for completion {position}. Convert it with float(), or return None for "
-                "a completion that cannot be scored."
-            )
-    return rewards
-
-
-def _is_number(value: Any) -> bool:
-    """Whether TRL can store the value as one float32."""
-    if isinstance(value, torch.Tensor):
-        return value.numel() == 1 and not value.is_complex()
-    if not isinstance(value, Real | Decimal | np.bool_):
-        return False
-    try:
-        float(value)
-    except OverflowError:  # an integer of more than 308 digits
-        return False
-    return True
-
-
-def _short(value: Any) -> str:
-    """A value as a message shows it, with its type."""
-    if isinstance(value, torch.Tensor | np.ndarray):
-        return f"a {type(value).__name__} of shape {tuple(value.shape)}"
-    shown = repr(value)
-    return f"{shown if len(shown) <= 60 else shown[:57] + '...'} ({type(value).__name__})"

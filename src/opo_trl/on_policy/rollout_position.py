@@ -1,28 +1,7 @@
 """That the optimizer steps once per rollout batch, after its last micro-batch, on all ranks."""
 
-from collections.abc import Callable
-
 import torch
 from accelerate import Accelerator
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-
-
-class EpochEnd(TrainerCallback):
-    """
-    Calls a function at the end of every epoch, also of one that a callback has ended in the middle of a step.
-
-    Args:
-        act (`Callable`):
-            What to call, with whether training ends, too.
-    """
-
-    def __init__(self, act: Callable[[bool], None]) -> None:
-        self.act = act
-
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
-        self.act(control.should_training_stop)
 
 
 def check_position(accelerator: Accelerator, trained: int, per_step: int, next_is: str = "micro-batch") -> None:

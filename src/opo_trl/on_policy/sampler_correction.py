@@ -4,8 +4,6 @@ from typing import NamedTuple
 
 import torch
 
-from ..update.step_statistics import StepStatistics
-
 
 class SamplerCorrection(NamedTuple):
     """Weights of the tokens, and what they were made of; everything of shape `(B, C)`."""
@@ -20,16 +18,27 @@ class SamplerCorrection(NamedTuple):
         """Per-token estimate of KL(sampler || policy) on the sampler's own tokens: unbiased and never negative (k3)."""
         return self.log_ratio.exp() - 1 - self.log_ratio
 
-    def add_to(self, statistics: StepStatistics, loss_mask: torch.Tensor) -> None:
-        """Log how far the two are apart, and the weights of the trainable tokens, `loss_mask` (B, C)."""
-        difference = self.log_ratio.abs()
-        statistics.add_mean("sampling/sampling_logp_difference/mean", difference, self.known)
-        statistics.add_max("sampling/sampling_logp_difference/max", difference, self.known)
-        statistics.add_min("sampling/importance_sampling_ratio/min", self.weights, loss_mask)
-        statistics.add_mean("sampling/importance_sampling_ratio/mean", self.weights, loss_mask)
-        statistics.add_max("sampling/importance_sampling_ratio/max", self.weights, loss_mask)
-        statistics.add_mean("sampling/importance_sampling_ratio/bounded_fraction", self.bounded, self.known)
-        statistics.add_mean("sampling/kl", self.kl, self.known)
+    def metrics(self, loss_mask: torch.Tensor) -> list[tuple[str, str, torch.Tensor, torch.Tensor]]:
+        """
+        Return what to log: how far the two are apart, and the weights of the trainable tokens.
+
+        Args:
+            loss_mask (`torch.Tensor` of shape `(B, C)`):
+                1 for trainable tokens.
+
+        Returns:
+            `list`: Reduction, name, values `(B, C)` and the mask `(B, C)` of the tokens that count, for each metric.
+        """
+        difference, ratio = "sampling/sampling_logp_difference", "sampling/importance_sampling_ratio"
+        return [
+            ("mean", f"{difference}/mean", self.log_ratio.abs(), self.known),
+            ("max", f"{difference}/max", self.log_ratio.abs(), self.known),
+            ("min", f"{ratio}/min", self.weights, loss_mask),
+            ("mean", f"{ratio}/mean", self.weights, loss_mask),
+            ("max", f"{ratio}/max", self.weights, loss_mask),
+            ("mean", f"{ratio}/bounded_fraction", self.bounded, self.known),
+            ("mean", "sampling/kl", self.kl, self.known),
+        ]
 
 
 def correct_sampler(

@@ -1,14 +1,16 @@
 """
-Which sampling settings leave the law of the policy alone.
+Which sampling settings leave the distribution of the policy unchanged.
 
-Exactly on-policy means that completions are drawn from the very distribution whose gradient is taken: the softmax of
-the model's logits over `temperature`. This table names every setting of transformers' `GenerationConfig` and of vLLM's
-`SamplingParams` that would draw from another law, with the values at which it does nothing. A contract test compares it
-with the installed transformers, so that a new setting has to be judged before it can slip through.
+Exactly on-policy means that completions are drawn from the distribution whose gradient is taken: the softmax of the
+model's logits divided by `temperature`. This table names every setting of transformers' `GenerationConfig` and of
+vLLM's `SamplingParams` that would draw from another one, with the values at which it does nothing. A contract test
+compares it with the installed transformers, so that a new setting must be judged.
 """
 
 from collections.abc import Mapping
 from typing import Any
+
+from transformers import ProcessorMixin
 
 # Setting -> the values at which it changes nothing. `temperature` is apart: it must equal the trainer's own.
 NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
@@ -86,7 +88,7 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
 }
 
 
-def law_changes(settings: Mapping[str, Any]) -> list[str]:
+def distribution_changes(settings: Mapping[str, Any]) -> list[str]:
     """
     Name the settings under which a sampler draws from another distribution than the policy.
 
@@ -100,7 +102,7 @@ def law_changes(settings: Mapping[str, Any]) -> list[str]:
     return sorted(name for name, value in settings.items() if value not in NEUTRAL_VALUES.get(name, (value,)))
 
 
-def check_law(settings: Mapping[str, Any], temperature: float) -> None:
+def check_sampling_settings(settings: Mapping[str, Any], temperature: float) -> None:
     """
     Refuse a merged generation config that samples from another distribution than the policy.
 
@@ -108,12 +110,12 @@ def check_law(settings: Mapping[str, Any], temperature: float) -> None:
         settings (`Mapping[str, Any]`):
             The config as the backend uses it.
         temperature (`float`):
-            Temperature of the law that is trained.
+            Temperature of the distribution that is trained.
 
     Raises:
-        ValueError: With the settings that change the law, and where to clear them.
+        ValueError: With the settings that change the distribution, and where to clear them.
     """
-    changed = law_changes(settings)
+    changed = distribution_changes(settings)
     if settings["temperature"] != temperature:
         changed.append("temperature")
     if changed:
@@ -123,3 +125,34 @@ def check_law(settings: Mapping[str, Any], temperature: float) -> None:
             "TRL leaves such settings to the model's generation_config.json: clear them there, or on the loaded model "
             f"with `model.generation_config.{changed[0]} = None`."
         )
+
+
+def check_generation_config(
+    model: Any, generation_config: Any, temperature: float, processing_class: Any, *, merged: bool
+) -> None:
+    """
+    Refuse a generation config under which transformers samples from another distribution than the policy.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            Policy.
+        generation_config ([`~transformers.GenerationConfig`]):
+            What TRL generates with.
+        temperature (`float`):
+            Temperature of the distribution that is trained.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
+            Of the policy.
+        merged (`bool`):
+            Whether transformers fills unset settings from the model's own generation config; continuous batching does
+            not.
+
+    Raises:
+        ValueError: With the settings that change the distribution, and where to clear them.
+    """
+    if merged:
+        generation_config, _ = model._prepare_generation_config(generation_config)
+    settings = generation_config.to_dict()
+    image_token = getattr(model.config, "image_token_id", None)
+    if isinstance(processing_class, ProcessorMixin) and settings["suppress_tokens"] == [image_token]:
+        del settings["suppress_tokens"]  # set by TRL: an image token cannot be part of a completion
+    check_sampling_settings(settings, temperature)

@@ -1,1 +1,1 @@
-"""Which groups a step trains on."""
+"""Which groups a step trains on, and whether they have a learning signal."""

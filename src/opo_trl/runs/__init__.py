@@ -1,1 +1,1 @@
-"""What any run of TRL's GRPOTrainer needs, and OPO does not define."""
+"""What any run of GRPOTrainer needs: checkpoints, preemption, failures, the Hub, tracking, model cards."""

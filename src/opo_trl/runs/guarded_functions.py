@@ -3,7 +3,7 @@
 import functools
 import inspect
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
-from ..on_policy.preflight import check_reward_values
+from .reward_values import check_reward_values
 
 # An interrupt or a cancelled task is no failure of the function.
 _NOT_FAILURES = (KeyboardInterrupt, SystemExit, GeneratorExit)
@@ -115,6 +115,23 @@ class FunctionGuard:
         if isinstance(error, _NOT_FAILURES) or type(error).__name__ == "CancelledError":
             raise error
         self._failures.append((what, error))
+
+
+def check_finite_rewards(rewards_per_func: torch.Tensor, names: Sequence[str]) -> None:  # (N, F)
+    """
+    Refuse infinite rewards. All ranks see the same gathered rewards, so all of them raise together.
+
+    Raises:
+        ValueError: With the function, the reward and the row.
+    """
+    infinite = torch.isinf(rewards_per_func).nonzero().tolist()
+    if infinite:
+        row, function = infinite[0]
+        raise ValueError(
+            f"Rewards must be finite: '{names[function]}' returned {rewards_per_func[row, function].item()} for row "
+            f"{row} of the rollout batch ({len(infinite)} infinite rewards in all). Return None for a completion that "
+            "cannot be scored."
+        )
 
 
 def _is_async(function: Any) -> bool:

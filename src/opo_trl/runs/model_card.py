@@ -1,4 +1,4 @@
-"""What a model card says of a run, put into the card that TRL writes."""
+"""The configuration and the last metrics of a run, put into the model card that TRL writes."""
 
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -15,14 +15,6 @@ from transformers.training_args import OptimizerNames
 NO_BASE_MODEL = "[None](https://huggingface.co/None)"
 NO_REPOSITORY = 'model="None"'
 VERSIONS = "### Framework versions\n\n"
-
-_METHOD = """\
-### Method
-
-OPO, On-Policy RL with Optimal reward baseline ([Hao et al. 2025](https://arxiv.org/abs/2505.23585)): every rollout
-batch gives exactly one optimizer step, and the advantage of a completion is its reward minus the weighted mean reward
-of its prompt's completions; the paper weighs by length. No clipping, no KL term, no entropy bonus.
-"""
 
 # Metric in the trainer's log -> what the card calls it.
 _TRAINING_METRICS = {
@@ -46,6 +38,8 @@ def complete_model_card(
     args: Any,
     state: TrainerState,
     *,
+    method: str,
+    settings: Mapping[str, Any],
     base_model: str,
     reward_names: Sequence[str],
     num_problems: int | None = None,
@@ -61,6 +55,10 @@ def complete_model_card(
             The run's configuration.
         state ([`~transformers.TrainerState`]):
             How far the run is, and its log.
+        method (`str`):
+            Section on the method; empty for none.
+        settings (`Mapping[str, Any]`):
+            Settings of the method, name to value.
         base_model (`str`):
             Name or path of the model that training started from; may be empty.
         reward_names (`Sequence[str]`):
@@ -80,7 +78,7 @@ def complete_model_card(
         local = f"the local model `{Path(base_model).name}`" if base_model else "a model without a published name"
         for link in (NO_BASE_MODEL, f"[{base_model}](https://huggingface.co/{base_model})"):
             body = body.replace(link, local)
-    configuration = configuration_of(args, state)
+    configuration = {**configuration_of(args, state), **settings}
     configuration["rewards"] = ", ".join(f"`{name}`" for name in reward_names)
     if num_problems is not None:
         configuration["training problems"] = num_problems
@@ -88,7 +86,7 @@ def complete_model_card(
         configuration["dataset"] = f"`{dataset_name if is_hub_name(dataset_name) else Path(dataset_name).name}`"
     before, heading, after = body.partition(VERSIONS)
     sections = [
-        _METHOD,
+        method,
         _table("### Configuration", ("setting", "value"), configuration),
         _table("### Results", ("metric", "value"), last_metrics(state.log_history)),
     ]
@@ -119,7 +117,6 @@ def configuration_of(args: Any, state: TrainerState) -> dict[str, Any]:
         "optimizer": OptimizerNames(args.optim).value,
         "gradient clipping": args.max_grad_norm or "none",
         "loss normaliser": f"`{args.loss_type}`",
-        "weight in the baseline": f"{args.baseline_weight}, to the power of {args.length_exponent:g}",
         "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
         "processes": args.world_size,
         "seed": args.seed,

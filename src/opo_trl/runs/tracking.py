@@ -1,4 +1,4 @@
-"""Weights & Biases: a resumed run goes on in the run that its checkpoint belongs to, and each says what it trains."""
+"""Weights & Biases: a resumed run continues the run of its checkpoint, and each run's config has what it trains."""
 
 import json
 import os
@@ -13,26 +13,26 @@ from transformers.integrations.integration_utils import WandbCallback
 RUN_FILE = "wandb_run.json"  # in a checkpoint
 
 
-class ContinuedWandb(WandbCallback):
+class ResumedWandb(WandbCallback):
     """
-    [`~transformers.integrations.WandbCallback`] that goes on in the run of the checkpoint that training resumes from.
+    [`~transformers.integrations.WandbCallback`] that continues the run of the checkpoint that training resumes from.
 
-    Whoever has started a run himself, or has set `WANDB_RUN_ID`, gets that one; `WANDB_RESUME=never` gives a new one.
+    An active run or `WANDB_RUN_ID` takes precedence; `WANDB_RESUME=never` starts a new run.
 
     Args:
         description (`Callable`):
-            Returns what the run's config says besides the training arguments; called when the run starts.
+            Returns what the run's config has besides the training arguments; called when the run starts.
     """
 
     def __init__(self, description: Callable[[], Mapping[str, Any]]) -> None:
         super().__init__()
         self.description = description
-        self.continued: dict[str, str] | None = None  # id, project and entity of the run to go on in
+        self.resumed: dict[str, str] | None = None  # id, project and entity of the run to continue
 
-    def go_on_from(self, checkpoint: Path) -> None:
-        """Take the run of a checkpoint, where it has one, for the one to go on in."""
+    def resume_from(self, checkpoint: Path) -> None:
+        """Continue the run of a checkpoint, where it has one."""
         path = checkpoint / RUN_FILE
-        self.continued = json.loads(path.read_text()) if path.is_file() else None
+        self.resumed = json.loads(path.read_text()) if path.is_file() else None
 
     def keep_run(self, checkpoint: Path) -> None:
         """Write which run a checkpoint belongs to."""
@@ -45,17 +45,17 @@ class ContinuedWandb(WandbCallback):
             (checkpoint / RUN_FILE).write_text(json.dumps(names))
 
     def setup(self, args: TrainingArguments, state: TrainerState, model: Any, **kwargs: Any) -> None:
-        """Start the run, or go on in the kept one, and add the description to its config."""
+        """Start the run, or continue the kept one, and add the description to its config."""
         import wandb
 
-        if state.is_world_process_zero and self.continued and wandb.run is None and not state.is_hyper_param_search:
-            _go_on_in(self.continued, args.run_name)
+        if state.is_world_process_zero and self.resumed and wandb.run is None and not state.is_hyper_param_search:
+            _continue(self.resumed, args.run_name)
         super().setup(args, state, model, **kwargs)
         if state.is_world_process_zero:
             wandb.config.update(dict(self.description()), allow_val_change=True)
 
 
-def _go_on_in(run: dict[str, str], name: str | None) -> None:
+def _continue(run: dict[str, str], name: str | None) -> None:
     import wandb
 
     resume: Any = os.getenv("WANDB_RESUME", "allow")

@@ -1,1 +1,1 @@
-"""The scripts that train and evaluate on mathematics, and the command line on top of them."""
+"""Training and evaluation on mathematics, and the command line."""

@@ -1,1 +1,1 @@
-"""How one exact optimizer step is computed cheaply."""
+"""How one exact optimizer step is computed cheaply: micro-batches, ranks, statistics."""

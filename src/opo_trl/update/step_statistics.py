@@ -18,6 +18,10 @@ class StepStatistics:
         self._totals: dict[str, torch.Tensor] = {}  # name -> (2,): sum and count
         self._maxima: dict[str, torch.Tensor] = {}  # name -> (); a minimum is the maximum of the negated values
 
+    def add(self, reduction: str, name: str, values: torch.Tensor, mask: torch.Tensor) -> None:
+        """Add to the `"mean"`, `"max"` or `"min"` called `name`."""
+        {"mean": self.add_mean, "max": self.add_max, "min": self.add_min}[reduction](name, values, mask)
+
     def add_mean(self, name: str, values: torch.Tensor, mask: torch.Tensor) -> None:
         """Add the values (B, C) where `mask` (B, C) is not 0 to the mean `name`."""
         mask = mask.bool()

@@ -1,0 +1,113 @@
+"""What OPO computes of one rollout batch, in one place: everything that is logged or trained reads it. Pure torch."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from .baselines import takes_part
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """
+    One rollout batch of all ranks: P prompts with K completions each, at most T tokens long.
+
+    Attributes:
+        rewards (`torch.Tensor` of shape `(P, K)`):
+            Reward of each completion, NaN where it is unscorable.
+        lengths (`torch.Tensor` of shape `(P, K)`):
+            Number of trainable tokens of each completion.
+        weights (`torch.Tensor` of shape `(P, K)` or `(P, K, T)`):
+            Weight of each completion, or of each of its tokens, in the baseline; 0 for a completion that takes no part
+            in it, because it is unscorable or has no trainable token.
+        baseline (`torch.Tensor` of shape `(P, 1)`, `(P, K)`, `(P, 1, T)` or `(P, K, T)`):
+            Baseline of each group, completion or token, in the unit of the rewards.
+        advantages (`torch.Tensor` of shape `(P, K)` or `(P, K, T)`):
+            Reward minus baseline; exactly 0 for a completion that takes no part.
+    """
+
+    rewards: torch.Tensor
+    lengths: torch.Tensor
+    weights: torch.Tensor
+    baseline: torch.Tensor
+    advantages: torch.Tensor
+
+    @property
+    def completion_weights(self) -> torch.Tensor:  # (P, K)
+        """Weight of each completion: the sum over its tokens where these are weighed one by one."""
+        return self.weights.sum(dim=2) if self.weights.ndim == 3 else self.weights
+
+    @property
+    def completion_advantages(self) -> torch.Tensor:  # (P, K)
+        """Advantage of each completion: the mean over its trainable tokens where these have their own."""
+        if self.advantages.ndim == 2:
+            return self.advantages
+        tokens = torch.arange(self.advantages.size(2), device=self.lengths.device) < self.lengths.unsqueeze(2)
+        return (self.advantages * tokens).sum(dim=2) / self.lengths.clamp(min=1)
+
+    @property
+    def informative(self) -> torch.Tensor:  # (P, K), bool
+        """Whether a completion has a non-zero advantage, and so moves the policy."""
+        nonzero = self.advantages != 0
+        return nonzero.any(dim=2) if nonzero.ndim == 3 else nonzero
+
+
+def estimate_advantages(
+    rewards: torch.Tensor,
+    lengths: torch.Tensor,
+    weights: torch.Tensor,
+    baseline: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> Rollout:  # (P, K), (P, K), (P, K) or (P, K, T)
+    """
+    Subtract a baseline from the rewards.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(P, K)`):
+            Reward of each completion, NaN where it is unscorable.
+        lengths (`torch.Tensor` of shape `(P, K)`):
+            Number of trainable tokens of each completion.
+        weights (`torch.Tensor` of shape `(P, K)` or `(P, K, T)`):
+            Weight of each completion, or of each of its tokens.
+        baseline (`Callable`):
+            Maps rewards `(P, K)` and weights to the baseline. Both are 0 for a completion that takes no part, so that
+            weighted sums need no mask. With weights `(P, K)` it returns `(P, 1)` or `(P, K)`; with weights `(P, K, T)`
+            it may return `(P, 1, T)` or `(P, K, T)`, too.
+
+    Returns:
+        [`Rollout`]. Where all rewards of a group are equal, an advantage that differs from 0 by rounding alone is 0, so
+        that it costs no forward and backward pass.
+
+    Raises:
+        ValueError: If the baseline has another shape, or is not finite.
+    """
+    per_completion = weights.sum(dim=2) if weights.ndim == 3 else weights
+    scored = takes_part(rewards, per_completion)  # (P, K)
+    known = torch.where(scored, rewards, 0.0)
+    used = torch.where(scored.unsqueeze(2) if weights.ndim == 3 else scored, weights, 0)
+    subtracted = baseline(known, used)
+    _check_baseline(subtracted, used)
+    if subtracted.ndim == 3:
+        known, scored = known.unsqueeze(2), scored.unsqueeze(2)
+    advantages = torch.where(scored, known - subtracted, 0.0)
+    lowest = torch.where(scored, known, torch.inf).amin(dim=1, keepdim=True)
+    highest = torch.where(scored, known, -torch.inf).amax(dim=1, keepdim=True)
+    rounding = 8 * torch.finfo(advantages.dtype).eps * known.abs()
+    advantages = torch.where((lowest == highest) & (advantages.abs() <= rounding), 0.0, advantages)
+    return Rollout(rewards, lengths, used, subtracted, advantages)
+
+
+def _check_baseline(baseline: torch.Tensor, weights: torch.Tensor) -> None:
+    prompts, group_size, *tokens = weights.shape
+    allowed = [(prompts, 1), (prompts, group_size)] + [(prompts, size, *tokens) for size in (1, group_size) if tokens]
+    if tuple(baseline.shape) not in allowed:
+        raise ValueError(
+            f"A baseline must have one of the shapes {', '.join(map(str, allowed))}: one number for each prompt or "
+            f"completion{', or each of its tokens' if tokens else ''}; got {tuple(baseline.shape)}. Keep the "
+            "dimensions in sums and means (`keepdim=True`)."
+        )
+    if not baseline.isfinite().all():
+        raise ValueError(
+            f"A baseline must be finite, got {int((~baseline.isfinite()).sum())} of {baseline.numel()} numbers that "
+            "are not. Guard divisions: the weights of a group are all 0 where no completion takes part."
+        )
