@@ -21,7 +21,11 @@ TESTED = dict(re.findall(r"^(\S+)==(\S+)$", (ROOT / "constraints.txt").read_text
 
 
 def lowest() -> list[str]:
-    extras = [requirement for extra in ("wandb", "plot") for requirement in PROJECT["optional-dependencies"][extra]]
+    extras = [
+        requirement
+        for extra in ("evaluate", "wandb", "plot")
+        for requirement in PROJECT["optional-dependencies"][extra]
+    ]
     floors = {
         requirement.name: part.version
         for requirement in map(Requirement, [*PROJECT["dependencies"], *extras])

@@ -4,8 +4,8 @@ extras.
 
     python tests/check_distributions.py dist
 
-The package must be the installed one, the wheel must hold it and nothing else, and the sdist must be enough to build
-the same wheel from, byte for byte, and to run the tests.
+The package must be the installed one, the wheel must hold it and nothing else, its commands must run outside of a
+checkout, and the sdist must be enough to build the same wheel from, byte for byte, and to run the tests.
 """
 
 import hashlib
@@ -35,15 +35,31 @@ def check_installation() -> None:
 
 
 def check_wheel(wheel: Path) -> None:
-    """The package's files, its metadata, and nothing else."""
+    """The package's files (code, the scripts' configurations, the tiny policy), its metadata, and nothing else."""
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert wheel.name == f"opo_trl-{version}-py3-none-any.whl"
     assert opo_trl.__version__ == version
     source = ROOT / "src"
-    expected = {str(path.relative_to(source)) for path in source.rglob("*") if path.suffix in (".py", ".typed")}
-    metadata = {f"opo_trl-{version}.dist-info/{name}" for name in ("METADATA", "RECORD", "WHEEL", "licenses/LICENSE")}
+    files = [path for path in (source / "opo_trl").rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    expected = {str(path.relative_to(source)) for path in files}
+    names = ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE")
+    metadata = {f"opo_trl-{version}.dist-info/{name}" for name in names}
     held = set(zipfile.ZipFile(wheel).namelist())
     assert held == expected | metadata, f"missing or too many: {sorted(held ^ (expected | metadata))}"
+
+
+def check_commands(folder: Path) -> None:
+    """`opo-trl`, and `accelerate launch -m`, train and evaluate the tiny policy far from a checkout."""
+    command = str(Path(sysconfig.get_path("scripts"), "opo-trl"))
+    printed = subprocess.run([command, "--version"], check=True, capture_output=True, text=True).stdout
+    assert printed == f"opo-trl {opo_trl.__version__}\n"
+    scripts = Path(opo_trl.__file__).parent / "scripts"
+    train = ["--config", str(scripts / "quickstart.yaml"), "--max_steps", "1", "--num_eval_problems", "8"]
+    evaluate = ["--config", str(scripts / "evaluate_quickstart.yaml"), "--num_problems", "8", "--num_samples", "2"]
+    subprocess.run([command, "train", "--cpu", *train], cwd=folder, check=True)
+    launcher = ["accelerate.commands.launch", "--quiet", "--cpu", "-m"]
+    run_module(*launcher, "opo_trl.scripts.evaluate_math", *evaluate, folder=folder)
+    assert (folder / "outputs" / "evaluation" / "summary.json").is_file()
 
 
 def check_sdist(sdist: Path, wheel: Path, folder: Path) -> None:
@@ -68,6 +84,8 @@ def main(directory: str) -> None:
     check_installation()
     (wheel,), (sdist,) = Path(directory).glob("*.whl"), Path(directory).glob("*.tar.gz")
     check_wheel(wheel)
+    with tempfile.TemporaryDirectory() as folder:
+        check_commands(Path(folder))
     with tempfile.TemporaryDirectory() as folder:
         check_sdist(sdist, wheel.resolve(), Path(folder))
     print(f"{wheel.name} and {sdist.name} are whole")

@@ -25,7 +25,7 @@ from code_blocks import read_blocks, run_python
 from opo_trl import OPOConfig, data
 from opo_trl.config import _CONTRACT
 from opo_trl.rewards import math_verify_reward
-from opo_trl.scripts import evaluate_math, train_math
+from opo_trl.scripts import cli, evaluate_math, train_math
 from pages import PAGES, ROOT, anchors, links, page, tables, the_table
 from tiny import scripted_dataset, scripted_reward, scripted_trainer
 
@@ -73,7 +73,7 @@ def only_parse(tmp_path, monkeypatch):
 
         return parse_and_stop
 
-    for folder in ("examples", "benchmarks", "tests"):
+    for folder in ("src", "examples", "benchmarks", "tests"):
         (tmp_path / folder).symlink_to(ROOT / folder)
     for block in BLOCKS:
         if block.language == "yaml" and (named := re.match(r"# (\w+\.yaml)", block.text)):
@@ -106,6 +106,10 @@ def script_of(words):
     if words[0] == "torchrun":
         args = get_args_parser().parse_args(words[1:])
         return args.training_script, args.training_script_args
+    if words[0] == "opo-trl":
+        args = cli.parse_launch(words[1], words[2:])
+        assert args.config_file is None or Path(args.config_file).is_file(), args.config_file
+        return f"examples/{args.training_script.rpartition('.')[2]}.py", args.training_script_args
     if words[0] == "python":
         return words[1], words[2:]
     return None, words
@@ -135,7 +139,7 @@ def check_command(words, only_parse):
             assert arguments == []
 
 
-LAUNCHERS = ("accelerate", "torchrun", "make")
+LAUNCHERS = ("accelerate", "opo-trl", "torchrun", "make")
 
 
 @pytest.mark.parametrize("path", PAGES, ids=name)

@@ -3,8 +3,21 @@
 from collections.abc import Sequence
 from typing import Any
 
-from sacrebleu.metrics.bleu import BLEU
-from sacrebleu.metrics.helpers import extract_all_word_ngrams
+
+def check_self_bleu() -> None:
+    """
+    Check that Self-BLEU can be computed, before anything expensive starts.
+
+    Raises:
+        ImportError: If sacrebleu is not installed.
+    """
+    try:
+        import sacrebleu  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "Self-BLEU needs the package sacrebleu, which is not installed. Install the extra that brings it: "
+            "pip install 'opo-trl[evaluate]'."
+        ) from error
 
 
 def repeated_ngram_rate(tokens: Sequence[Any], n: int = 5) -> float:
@@ -64,7 +77,12 @@ def self_bleu(texts: Sequence[str]) -> float:
 
     Raises:
         ValueError: If there are fewer than two texts.
+        ImportError: If sacrebleu, which the extra `evaluate` brings, is not installed.
     """
+    check_self_bleu()
+    from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.metrics.helpers import extract_all_word_ngrams
+
     if len(texts) < 2:
         raise ValueError(f"Self-BLEU compares a text with others and needs at least two, got {len(texts)}.")
     tokenize = BLEU().tokenizer

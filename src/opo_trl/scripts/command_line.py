@@ -8,6 +8,16 @@ from typing import Any
 import yaml
 from trl import TrlParser
 
+# What --help lists first, by the module that defines an argument.
+OTHERS = "other arguments"
+SECTIONS = {
+    "opo_trl.config": "OPO (OPOConfig)",
+    "opo_trl.": "this script",
+    "trl.": "TRL",
+    "transformers.": "transformers",
+    "": OTHERS,
+}
+
 
 class ScriptParser(TrlParser):
     """
@@ -21,6 +31,8 @@ class ScriptParser(TrlParser):
             As in [`~trl.TrlParser`].
         defaults (`Callable[[Set[str]], dict[str, Any]]`, *optional*):
             Given the names of all arguments on the command line and in the config file, returns values for others.
+        **options:
+            Options of `argparse.ArgumentParser`, such as `prog` and `description`.
 
     Attributes:
         chosen (`dict[str, Any]`):
@@ -28,9 +40,12 @@ class ScriptParser(TrlParser):
     """
 
     def __init__(
-        self, dataclass_types: Iterable[Any], defaults: Callable[[Set[str]], dict[str, Any]] = lambda given: {}
+        self,
+        dataclass_types: Iterable[Any],
+        defaults: Callable[[Set[str]], dict[str, Any]] = lambda given: {},
+        **options: Any,
     ) -> None:
-        super().__init__(dataclass_types, allow_abbrev=False)
+        super().__init__(dataclass_types, allow_abbrev=False, **options)
         self._choose = defaults
         self._in_file: set[str] = set()
         self.chosen: dict[str, Any] = {}
@@ -70,6 +85,31 @@ class ScriptParser(TrlParser):
                 f"Unknown argument(s): {', '.join(map(self._with_closest, flags or unknown))}. --help lists them all."
             )
         return parsed, unknown
+
+    def format_help(self) -> str:
+        """Describe the arguments by the package that defines them: OPO's own first, transformers' last."""
+        sections: dict[str, list[Any]] = {title: [] for title in SECTIONS.values()}
+        for action in self._actions:
+            if action.dest != "help":
+                sections[self._section_of(action.dest)].append(action)
+        formatter = self.formatter_class(prog=self.prog)
+        formatter.add_usage(f"{self.prog} [--config FILE.yaml] [--argument VALUE ...]", [], [])
+        formatter.add_text(self.description)
+        formatter.add_text("--config FILE.yaml reads arguments from a file; those of the command line take precedence.")
+        for title, actions in sections.items():
+            formatter.start_section(title)
+            formatter.add_arguments(actions)
+            formatter.end_section()
+        return str(formatter.format_help())
+
+    def _section_of(self, name: str) -> str:
+        """Title of the section of an argument: that of the first class, from the base down, that has the field."""
+        for dataclass_type in self.dataclass_types:
+            for base in reversed(dataclass_type.__mro__):
+                if name in getattr(base, "__dataclass_fields__", {}):
+                    found = (title for prefix, title in SECTIONS.items() if base.__module__.startswith(prefix))
+                    return next(found, OTHERS)
+        return OTHERS
 
     def error(self, message: str) -> Any:
         """Raise instead of printing the usage of every argument and exiting."""

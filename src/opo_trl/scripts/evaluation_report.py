@@ -2,6 +2,7 @@
 
 import json
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ def write_report(
         `dict`: The summary.
     """
     reference, *others = methods
+    sacrebleu = ["sacrebleu"] if find_spec("sacrebleu") else []  # one sample per problem needs none
     summary = {
         "models": {
             method: {task: summarize(found) for task, found in tasks.items()} for method, tasks in methods.items()
@@ -58,7 +60,7 @@ def write_report(
         },
         **run,
         "commit": commit(),
-        "versions": {name: version(name) for name in ("opo-trl", "trl", "transformers", "torch", "sacrebleu")},
+        "versions": {name: version(name) for name in ("opo-trl", "trl", "transformers", "torch", *sacrebleu)},
     }
     (output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     table = _tables(summary, reference)

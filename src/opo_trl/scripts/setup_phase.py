@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 DEBUG = "OPO_DEBUG"
 _RANK_VARIABLES = ["RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"]  # as accelerate reads them
 _SECONDS_FOR_MAIN = 5.0
+_REPORTED = (ValueError, OSError, ImportError)
 
 Result = TypeVar("Result")
 
@@ -26,9 +27,9 @@ class SetupPhase(TrainerCallback):
     """
     The part of a script before the first training step or generated token.
 
-    As a context manager, it replaces the traceback of a `ValueError` or an `OSError` in that part by the message, and
-    exits with status 1. Later errors, and all of them if the environment variable `OPO_DEBUG` is set, keep theirs. As a
-    callback of a trainer, it ends where training begins.
+    As a context manager, it replaces the traceback of a `ValueError`, an `OSError` or an `ImportError` (of a package
+    that a chosen feature needs) in that part by the message, and exits with status 1. Later errors, and all of them if
+    the environment variable `OPO_DEBUG` is set, keep theirs. As a callback of a trainer, it ends where training begins.
 
     Every rank exits. The main process prints the message; another one prints its own only if the main process has not
     ended the job within a few seconds, as where one machine lacks a file.
@@ -55,7 +56,7 @@ class SetupPhase(TrainerCallback):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         keeps_traceback = self.over or os.environ.get(DEBUG, "0") not in ("", "0")
-        if keeps_traceback or not isinstance(error, ValueError | OSError):
+        if keeps_traceback or not isinstance(error, _REPORTED):
             return
         rank = get_int_from_env(_RANK_VARIABLES, 0)
         if rank == 0 or not isinstance(error, ErrorOnARank):
@@ -74,7 +75,7 @@ def on_all_ranks(state: PartialState, function: Callable[[], Result]) -> Result:
         state ([`~accelerate.PartialState`]):
             State of this process.
         function (`Callable[[], Result]`):
-            What may raise a `ValueError` or an `OSError`.
+            What may raise a `ValueError`, an `OSError` or an `ImportError`.
 
     Returns:
         `Result`: What the function returned on this rank.
@@ -84,11 +85,11 @@ def on_all_ranks(state: PartialState, function: Callable[[], Result]) -> Result:
     """
     if state.num_processes == 1:
         return function()
-    failure: ValueError | OSError | None = None
+    failure: Exception | None = None
     result: Any = None
     try:
         result = function()
-    except (ValueError, OSError) as error:
+    except _REPORTED as error:
         failure = error
     messages = gather_object([None if failure is None else str(failure)])
     failed = [rank for rank, message in enumerate(messages) if message is not None]

@@ -31,7 +31,6 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,86 +38,24 @@ from typing import Any
 from accelerate import PartialState
 from datasets import Dataset, disable_progress_bars
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback
-from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from .. import OPOConfig, OPOTrainer
-from ..data import INSTRUCTION, drop_by_pass_rate, drop_overlapping, hold_out
+from ..data import drop_by_pass_rate, drop_overlapping, hold_out
 from ..evaluation import pass_rates
 from ..evaluation.records_file import read_records
 from ..on_policy.preflight import check_model_directory, explain_missing_model
 from ..rewards import math_verify_reward
 from ..runs.hub import PushError, claim_repository
-from .command_line import ScriptParser
-from .devices import describe_choice, training_defaults
+from .devices import describe_choice
 from .policies import model_path
 from .problems import EMBEDDED_DATASET, fit_to_tokenizer, load_problems, parse_dataset
 from .reporting import ConsoleProgress, describe, measure, write_summary
 from .resuming import find_checkpoint
 from .setup_phase import SetupPhase, on_all_ranks
+from .train_arguments import MathScriptArguments, make_parser
 
 QUICKSTART = Path(__file__).with_name("quickstart.yaml")
-
-
-@dataclass
-class MathScriptArguments(ScriptArguments):
-    """
-    Arguments of this script, besides those of TRL's scripts.
-
-    Args:
-        dataset_name (`str`):
-            Name on the Hub; a local .json, .jsonl, .parquet or .csv file; a saved dataset; or `arithmetic`, generated.
-        prompt_column (`str`, *optional*):
-            Column of the problem; by default the first of `problem`, `question` and `prompt` that exists.
-        solution_column (`str`, *optional*):
-            Column of the answer; by default the first of `answer` and `solution`. GSM8K's `####` is understood.
-        instruction (`str`, *optional*):
-            Line added to each problem; an empty string adds nothing.
-        system_prompt (`str`, *optional*):
-            System message put before each problem.
-        eval_dataset_name (`str`, *optional*):
-            Where held-out problems come from; by default the split `dataset_test_split` of `dataset_name`, and for a
-            local file problems held out of the training ones.
-        num_train_problems (`int`, *optional*):
-            Use only so many problems for training.
-        num_eval_problems (`int`, *optional*, defaults to `512`):
-            Number of held-out problems.
-        deduplicate_against (`list[str]`, *optional*):
-            Evaluation sets, as `NAME`, `NAME:SPLIT` or `NAME:SPLIT:CONFIG`, the split `test` unless given: training
-            problems that share `overlap_ngram_size` words in a row with one of theirs are dropped.
-        overlap_ngram_size (`int`, *optional*, defaults to `13`):
-            Number of words in a row that make an overlap.
-        pass_rates (`str`, *optional*):
-            Records of `evaluate_math.py` on the training problems: only problems with
-            `min_pass_rate < pass rate < max_pass_rate` are trained on.
-        min_pass_rate (`float`, *optional*, defaults to `0.0`):
-            Problems must pass more often than this.
-        max_pass_rate (`float`, *optional*, defaults to `1.0`):
-            Problems must pass less often than this.
-        report (`bool`, *optional*, defaults to `False`):
-            Measure held-out pass@1 before training and on the checkpoint loaded back, and write summary.json and
-            curves.png. One process holds the whole model for it.
-        report_samples (`int`, *optional*, defaults to `4`):
-            Completions per held-out problem in these two measurements.
-    """
-
-    prompt_column: str | None = field(default=None, metadata={"help": "Column of the problem."})
-    solution_column: str | None = field(default=None, metadata={"help": "Column of the answer."})
-    instruction: str = field(default=INSTRUCTION, metadata={"help": "Line added to each problem; '' adds nothing."})
-    system_prompt: str | None = field(default=None, metadata={"help": "System message put before each problem."})
-    eval_dataset_name: str | None = field(default=None, metadata={"help": "Where held-out problems come from."})
-    num_train_problems: int | None = field(default=None, metadata={"help": "Train on only so many problems."})
-    num_eval_problems: int = field(default=512, metadata={"help": "Number of held-out problems."})
-    deduplicate_against: list[str] | None = field(
-        default=None, metadata={"help": "Evaluation sets (NAME, NAME:SPLIT, NAME:SPLIT:CONFIG) to keep out."}
-    )
-    overlap_ngram_size: int = field(default=13, metadata={"help": "Words in a row that make an overlap."})
-    pass_rates: str | None = field(
-        default=None, metadata={"help": "Records of evaluate_math.py: drop what always or never passes."}
-    )
-    min_pass_rate: float = field(default=0.0, metadata={"help": "Problems must pass more often than this."})
-    max_pass_rate: float = field(default=1.0, metadata={"help": "Problems must pass less often than this."})
-    report: bool = field(default=False, metadata={"help": "Measure pass@1 before and after; write summary and plot."})
-    report_samples: int = field(default=4, metadata={"help": "Completions per held-out problem in these."})
 
 
 def load_datasets(script_args: MathScriptArguments, seed: int, with_eval: bool) -> tuple[Dataset, Dataset | None]:
@@ -257,7 +194,7 @@ def make_report(
 
 def parse(arguments: list[str]) -> tuple[MathScriptArguments, OPOConfig, ModelConfig, str | None]:
     """Parse the command line; the last result describes what was chosen where there is no accelerator."""
-    parser = ScriptParser((MathScriptArguments, OPOConfig, ModelConfig), training_defaults)
+    parser = make_parser()
     parsed = parser.parse_args_and_config(arguments or ["--config", str(QUICKSTART)])
     return *parsed, describe_choice(parser.chosen)
 

@@ -1,0 +1,77 @@
+"""The arguments of `train_math.py`, apart from the script: `opo-trl train --help` loads no trainer."""
+
+from dataclasses import dataclass, field
+
+from trl import ModelConfig, ScriptArguments
+
+from .. import OPOConfig
+from ..data.layouts import INSTRUCTION
+from .command_line import ScriptParser
+from .devices import training_defaults
+
+
+@dataclass
+class MathScriptArguments(ScriptArguments):
+    """
+    Arguments of this script, besides those of TRL's scripts.
+
+    Args:
+        dataset_name (`str`):
+            Name on the Hub; a local .json, .jsonl, .parquet or .csv file; a saved dataset; or `arithmetic`, generated.
+        prompt_column (`str`, *optional*):
+            Column of the problem; by default the first of `problem`, `question` and `prompt` that exists.
+        solution_column (`str`, *optional*):
+            Column of the answer; by default the first of `answer` and `solution`. GSM8K's `####` is understood.
+        instruction (`str`, *optional*):
+            Line added to each problem; an empty string adds nothing.
+        system_prompt (`str`, *optional*):
+            System message put before each problem.
+        eval_dataset_name (`str`, *optional*):
+            Where held-out problems come from; by default the split `dataset_test_split` of `dataset_name`, and for a
+            local file problems held out of the training ones.
+        num_train_problems (`int`, *optional*):
+            Use only so many problems for training.
+        num_eval_problems (`int`, *optional*, defaults to `512`):
+            Number of held-out problems.
+        deduplicate_against (`list[str]`, *optional*):
+            Evaluation sets, as `NAME`, `NAME:SPLIT` or `NAME:SPLIT:CONFIG`, the split `test` unless given: training
+            problems that share `overlap_ngram_size` words in a row with one of theirs are dropped.
+        overlap_ngram_size (`int`, *optional*, defaults to `13`):
+            Number of words in a row that make an overlap.
+        pass_rates (`str`, *optional*):
+            Records of `evaluate_math.py` on the training problems: only problems with
+            `min_pass_rate < pass rate < max_pass_rate` are trained on.
+        min_pass_rate (`float`, *optional*, defaults to `0.0`):
+            Problems must pass more often than this.
+        max_pass_rate (`float`, *optional*, defaults to `1.0`):
+            Problems must pass less often than this.
+        report (`bool`, *optional*, defaults to `False`):
+            Measure held-out pass@1 before training and on the checkpoint loaded back, and write summary.json and
+            curves.png. One process holds the whole model for it.
+        report_samples (`int`, *optional*, defaults to `4`):
+            Completions per held-out problem in these two measurements.
+    """
+
+    prompt_column: str | None = field(default=None, metadata={"help": "Column of the problem."})
+    solution_column: str | None = field(default=None, metadata={"help": "Column of the answer."})
+    instruction: str = field(default=INSTRUCTION, metadata={"help": "Line added to each problem; '' adds nothing."})
+    system_prompt: str | None = field(default=None, metadata={"help": "System message put before each problem."})
+    eval_dataset_name: str | None = field(default=None, metadata={"help": "Where held-out problems come from."})
+    num_train_problems: int | None = field(default=None, metadata={"help": "Train on only so many problems."})
+    num_eval_problems: int = field(default=512, metadata={"help": "Number of held-out problems."})
+    deduplicate_against: list[str] | None = field(
+        default=None, metadata={"help": "Evaluation sets (NAME, NAME:SPLIT, NAME:SPLIT:CONFIG) to keep out."}
+    )
+    overlap_ngram_size: int = field(default=13, metadata={"help": "Words in a row that make an overlap."})
+    pass_rates: str | None = field(
+        default=None, metadata={"help": "Records of evaluate_math.py: drop what always or never passes."}
+    )
+    min_pass_rate: float = field(default=0.0, metadata={"help": "Problems must pass more often than this."})
+    max_pass_rate: float = field(default=1.0, metadata={"help": "Problems must pass less often than this."})
+    report: bool = field(default=False, metadata={"help": "Measure pass@1 before and after; write summary and plot."})
+    report_samples: int = field(default=4, metadata={"help": "Completions per held-out problem in these."})
+
+
+def make_parser(**options: str) -> ScriptParser:
+    """Make the parser of the script's command line; the options are those of `argparse.ArgumentParser`."""
+    return ScriptParser((MathScriptArguments, OPOConfig, ModelConfig), training_defaults, **options)

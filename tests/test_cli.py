@@ -1,0 +1,256 @@
+"""The command `opo-trl`: what it loads, how it sets accelerate's arguments apart, and what it passes on."""
+
+import importlib
+import re
+import runpy
+import signal
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from subprocess import CalledProcessError
+
+import pytest
+import yaml
+from accelerate.commands.launch import launch_command_parser
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from trl import GRPOConfig
+
+import opo_trl
+from conftest import ROOT
+from opo_trl import OPOConfig
+from opo_trl.scripts import cli
+
+TINY = ["--model_name_or_path", "tiny_policy", "--dataset_name", "arithmetic", "--num_train_problems", "16",
+        "--num_generations", "2", "--per_device_train_batch_size", "4", "--max_completion_length", "4",
+        "--max_steps", "1", "--report_to", "none"]  # fmt: skip
+
+
+def run(code):
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+
+
+def test_the_command_is_installed_with_the_package():
+    (entry,) = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"].items()
+    assert entry[0] == "opo-trl"
+    assert EntryPoint(*entry, group="console_scripts").load() is cli.main
+
+
+def test_help_and_version_load_no_module_that_takes_seconds():
+    printed = run(
+        "import sys\n"
+        "from opo_trl.scripts.cli import main\n"
+        "assert main([]) == 0\n"
+        "for option in ('--help', '--version'):\n"
+        "    try:\n"
+        "        main([option])\n"
+        "    except SystemExit as end:\n"
+        "        assert end.code == 0\n"
+        "heavy = {'torch', 'transformers', 'trl', 'accelerate', 'datasets', 'numpy', 'yaml'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    assert printed.count("Train a language model with OPO.") == 2
+    assert printed.endswith(f"opo-trl {opo_trl.__version__}\n")
+
+
+def test_help_of_the_commands_loads_no_trainer_and_no_model_code():
+    run(
+        "import sys\n"
+        "from opo_trl.scripts.cli import main\n"
+        "assert main(['train', '--max_steps', '3', '--help']) == 0\n"
+        "assert main(['evaluate', '-h']) == 0\n"
+        "unwanted = {'opo_trl.trainer', 'trl.trainer.grpo_trainer', 'opo_trl.evaluation'}\n"
+        "assert not unwanted & set(sys.modules), unwanted & set(sys.modules)\n"
+    )
+
+
+def sections(text):
+    """Options of each section of a help text, in order."""
+    parts = re.split(r"^(\S.*):$", text, flags=re.MULTILINE)[1:]
+    return {
+        title: re.findall(r"^  (--\w+)", body, re.MULTILINE)
+        for title, body in zip(parts[::2], parts[1::2], strict=True)
+    }
+
+
+def test_help_of_train_lists_the_fields_of_opo_first_and_those_of_transformers_last(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    text = cli.describe("train")
+    assert text.startswith("usage: opo-trl train [--config FILE.yaml]")
+    assert "--num_processes" in text.partition("OPO (OPOConfig):")[0]
+    found = sections(text)
+    assert list(found) == ["OPO (OPOConfig)", "this script", "TRL", "transformers"]
+    own = set(OPOConfig.__dataclass_fields__) - set(GRPOConfig.__dataclass_fields__)
+    assert own <= {option[2:] for option in found["OPO (OPOConfig)"]} <= own | {f"no_{name}" for name in own}
+    assert "--num_train_problems" in found["this script"]
+    assert {"--num_generations", "--dataset_name", "--model_name_or_path"} <= set(found["TRL"])
+    assert {"--learning_rate", "--output_dir"} <= set(found["transformers"])
+    every = [option for options in found.values() for option in options]
+    assert len(every) == len(set(every)) > 200
+
+
+def test_help_of_evaluate(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    found = sections(cli.describe("evaluate"))
+    assert list(found) == ["this script"]
+    assert found["this script"][:2] == ["--models", "--datasets"]
+
+
+# ---- Arguments of accelerate and of the script
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected", "script_arguments"),
+    [
+        ("", {}, ""),
+        ("--max_steps 3", {}, "--max_steps 3"),
+        ("--max_steps 3 --num_processes 2 --seed 4", {"num_processes": 2}, "--max_steps 3 --seed 4"),
+        ("--num-processes=2 --max_steps=3", {"num_processes": 2}, "--max_steps=3"),
+        ("--multi_gpu --report --cpu", {"multi_gpu": True, "cpu": True}, "--report"),
+        ("--config_file a.yaml --config b.yaml", {"config_file": "a.yaml"}, "--config b.yaml"),
+        ("--mixed_precision bf16 --bf16 false", {"mixed_precision": "bf16"}, "--bf16 false"),
+        ("--models a --num_machines 2 b", {"num_machines": 2}, "--models a b"),
+        ("--gradient_accumulation_steps 4", {"gradient_accumulation_steps": None}, "--gradient_accumulation_steps 4"),
+        ("--debug underflow_overflow", {"debug": None}, "--debug underflow_overflow"),
+        ("--quiet -q", {"quiet": False}, ""),
+        ("--unknown 1 stray", {}, "--unknown 1 stray"),  # the script reports them
+        ("--no_python -m", {"no_python": None, "module": True}, "--no_python -m"),
+    ],
+)
+def test_arguments_of_accelerate_are_set_apart(arguments, expected, script_arguments):
+    parsed = cli.parse_launch("train", arguments.split())
+    assert (parsed.training_script, parsed.module) == ("opo_trl.scripts.train_math", True)
+    assert parsed.training_script_args == script_arguments.split()
+    assert {name: getattr(parsed, name) for name in expected} == expected
+
+
+def test_the_names_that_both_have_are_the_scripts():
+    accelerates = {action.dest for action in launch_command_parser()._actions if action.option_strings}
+    both = set()
+    for _, _, module in cli.COMMANDS.values():
+        parser = importlib.import_module(f"opo_trl.scripts.{module}").make_parser()
+        both |= accelerates & {action.dest for action in parser._actions}
+    assert both == cli.NOT_ACCELERATES - {"module", "no_python"}
+
+
+def test_a_config_of_accelerate_by_name_or_by_path(tmp_path):
+    config = Path(cli.parse_launch("train", ["--accelerate_config", "zero3", "--num_processes", "2"]).config_file)
+    assert (config.name, config.parent.name) == ("zero3.yaml", "accelerate_configs")
+    (tmp_path / "mine.yaml").write_text("num_processes: 1")
+    mine = str(tmp_path / "mine.yaml")
+    assert cli.parse_launch("train", [f"--accelerate_config={mine}"]).config_file == mine
+    with pytest.raises(ValueError, match=r"must be a file or one of .*fsdp2.*zero3.*, got 'zero9'\. Pass"):
+        cli.parse_launch("train", ["--accelerate_config", "zero9"])
+    with pytest.raises(ValueError, match="Only one of --accelerate_config and --config_file"):
+        cli.parse_launch("train", ["--accelerate_config", "zero3", "--config_file", mine])
+
+
+def test_the_named_configs_set_what_those_of_the_examples_set():
+    """The engines are tested with the files of the examples; those that TRL ships must agree with them."""
+    for path in (ROOT / "examples" / "accelerate_configs").glob("*.yaml"):
+        if path.stem in ("fsdp2", "multi_gpu", "zero2", "zero3"):
+            named = cli.parse_launch("train", ["--accelerate_config", path.stem]).config_file
+            settings = yaml.safe_load(Path(named).read_text())
+            assert yaml.safe_load(path.read_text()).items() <= settings.items(), path
+
+
+# ---- What is passed on
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (None, 0),
+        (CalledProcessError(75, "python"), 75),  # stopped by SIGTERM, resumable
+        (CalledProcessError(-9, "python"), 137),
+        (ChildFailedError("train", {1: ProcessFailure(1, 123, 75, "no-error-file")}), 75),
+        (ChildFailedError("train", {0: ProcessFailure(0, 123, -15, "no-error-file")}), 143),
+        (ValueError("You can only use one of `--cpu`, `--multi_gpu`"), 1),
+    ],
+)
+def test_the_exit_status_is_that_of_the_script(monkeypatch, capsys, error, status):
+    launched = []
+
+    def launch_command(args):
+        launched.append(args.training_script)
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", launch_command)
+    assert cli.main(["evaluate", "--models", "m"]) == status
+    assert launched == ["opo_trl.scripts.evaluate_math"]
+    if isinstance(error, ValueError):
+        assert capsys.readouterr().err.startswith("error: You can only use one of")
+        monkeypatch.setenv("OPO_DEBUG", "1")
+        with pytest.raises(ValueError, match="You can only use one of"):
+            cli.main(["evaluate"])
+
+
+def test_train_runs_outside_of_a_checkout(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", "--cpu", *TINY, "--output_dir", "run"]) == 0
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_a_mistake_is_reported_in_one_sentence(capfd):
+    assert cli.main(["train", *TINY, "--num_processes", "1", "--learning_rat", "3"]) == 1
+    printed = capfd.readouterr().err
+    assert "error: Unknown argument(s): --learning_rat (did you mean --learning_rate?)." in printed
+    assert "Traceback" not in printed
+
+
+@pytest.mark.slow
+def test_sigterm_reaches_the_script_and_its_exit_status_comes_back(tmp_path):
+    """A preempted run saves, and its scheduler can tell by the exit status that it is to be repeated."""
+    command = [sys.executable, "-m", "opo_trl.scripts.cli", "train", "--cpu", *TINY, "--max_steps", "100000",
+               "--logging_steps", "1", "--save_steps", "100000", "--output_dir", "run"]  # fmt: skip
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert next((line for line in process.stdout if re.match(r" *3/100000 ", line)), None), "no third step"
+            process.send_signal(signal.SIGTERM)
+            process.stdout.read()
+            assert process.wait(timeout=60) == 75
+        finally:
+            process.kill()
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    assert (checkpoint / "trainer_state.json").is_file()
+
+
+def test_an_unknown_command_is_refused(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["trian"])
+    assert end.value.code == 2
+    assert "invalid choice: 'trian'" in capsys.readouterr().err
+
+
+# ---- The minimal example
+
+MINIMAL = ROOT / "examples" / "minimal.py"
+
+
+def test_the_minimal_example_is_short():
+    assert len(MINIMAL.read_text().splitlines()) <= 40
+
+
+@pytest.mark.parametrize("model", ["the tiny policy", "another model"])
+def test_the_minimal_example_runs(tmp_path, monkeypatch, capsys, request, model):
+    """All of it but the number of steps."""
+    arguments = [] if model == "the tiny policy" else [str(request.getfixturevalue("chat_model_dir"))]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(MINIMAL), *arguments])
+    quick = {"max_steps": 2, "logging_steps": 1, "report_to": "none"}
+    monkeypatch.setattr(opo_trl, "OPOConfig", lambda **settings: OPOConfig(**{**settings, **quick}))
+    trainer = runpy.run_path(str(MINIMAL))["trainer"]
+    assert trainer.state.global_step == 2
+    assert re.search(r"^reward: \d\.\d\d in the first steps, \d\.\d\d in the last$", capsys.readouterr().out, re.M)
+    assert (tmp_path / "outputs" / "minimal").is_dir()
+
+
+@pytest.mark.slow
+def test_the_minimal_example_learns(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(MINIMAL)])
+    rewards = runpy.run_path(str(MINIMAL))["rewards"]
+    assert rewards[-1] > rewards[0] + 0.1
