@@ -14,6 +14,7 @@ from subprocess import CalledProcessError
 import pytest
 import yaml
 from accelerate.commands.launch import launch_command_parser
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from trl import GRPOConfig
 
@@ -166,6 +167,7 @@ def test_the_named_configs_set_what_those_of_the_examples_set():
         (CalledProcessError(-9, "python"), 137),
         (ChildFailedError("train", {1: ProcessFailure(1, 123, 75, "no-error-file")}), 75),
         (ChildFailedError("train", {0: ProcessFailure(0, 123, -15, "no-error-file")}), 143),
+        (SignalException("got signal", signal.SIGTERM), 143),
         (ValueError("You can only use one of `--cpu`, `--multi_gpu`"), 1),
     ],
 )

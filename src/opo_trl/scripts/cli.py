@@ -73,6 +73,7 @@ def describe(command: str) -> str:
 def launch(command: str, arguments: list[str]) -> int:
     """Run a command's script by `accelerate launch` in this process, without its traceback for a script that fails."""
     from accelerate.commands.launch import launch_command
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     try:
@@ -84,6 +85,8 @@ def launch(command: str, arguments: list[str]) -> int:
         rank, failure = error.get_first_failure()
         print(f"error: rank {rank} ended with exit status {_exit_status(failure.exitcode)}", file=sys.stderr)
         return _exit_status(failure.exitcode)
+    except SignalException as error:  # to this process; torch has passed it on and waited for the ranks
+        return _exit_status(-error.sigval)
     except (ValueError, OSError) as error:
         if os.environ.get("OPO_DEBUG", "0") not in ("", "0"):
             raise

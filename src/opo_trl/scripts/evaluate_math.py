@@ -4,11 +4,11 @@ Measure models on math problems: pass@k, maj@k, diversity, length, entropy and K
 With no arguments it measures the tiny policy of this repository before and after the quickstart (`make train`), on a
 CPU, in about a minute:
 
-    accelerate launch --quiet examples/evaluate_math.py
+    opo-trl evaluate
 
 The paper's evaluation, on one GPU or several:
 
-    accelerate launch --quiet examples/evaluate_math.py \
+    opo-trl evaluate \
         --models deepseek-ai/DeepSeek-R1-Distill-Qwen-7B outputs/grpo outputs/opo --last_checkpoints 5 \
         --base_model deepseek-ai/DeepSeek-R1-Distill-Qwen-7B \
         --datasets HuggingFaceH4/MATH-500:test HuggingFaceH4/aime_2024:train yentinglin/aime_2025:train \

@@ -4,11 +4,11 @@ Train a causal language model on math problems with OPO.
 With no arguments it trains the tiny policy of this repository on generated arithmetic, on a CPU, in a few minutes
 (held-out pass@1 rises from about 0.4 to about 0.7):
 
-    accelerate launch --quiet examples/train_math.py
+    opo-trl train
 
 A real model on GSM8K, on one GPU:
 
-    accelerate launch --quiet examples/train_math.py \
+    opo-trl train \
         --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct \
         --dataset_name openai/gsm8k --dataset_config main \
         --output_dir outputs/gsm8k --per_device_train_batch_size 8 --gradient_accumulation_steps 8 \
@@ -24,7 +24,8 @@ job scheduler can repeat one command; `true` requires one, and a path names one.
 
 Where no accelerator is found, the script sets `--use_cpu`, `--bf16 false` and `--gradient_checkpointing false` unless
 you set them, and prints that. An error before the first training step ends it with the message alone; `OPO_DEBUG=1`
-keeps the traceback. `--quiet` keeps accelerate from adding its own.
+keeps the traceback. `accelerate launch --quiet -m opo_trl.scripts.train_math` is the same without `opo-trl`; `--quiet`
+keeps accelerate from adding a traceback of its own.
 """
 
 import sys
