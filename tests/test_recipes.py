@@ -10,7 +10,8 @@ from trl import ModelConfig, TrlParser
 from opo_trl import OPOConfig
 from opo_trl.scripts import evaluate_math, train_math
 
-RECIPES = sorted((Path(train_math.__file__).parent / "configs").glob("*.yaml"))
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+RECIPES = [*sorted((EXAMPLES / "configs").glob("*.yaml")), train_math.QUICKSTART, evaluate_math.QUICKSTART]
 ON_A_CPU = ["--use_cpu", "--bf16", "false"]
 # Recipe: GPUs, questions and completions per question in one step, longest completion, start of the model's name.
 PAPER = {

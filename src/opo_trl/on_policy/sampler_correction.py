@@ -29,14 +29,13 @@ class SamplerCorrection(NamedTuple):
         Returns:
             `list`: Reduction, name, values `(B, C)` and the mask `(B, C)` of the tokens that count, for each metric.
         """
-        difference, ratio = "sampling/sampling_logp_difference", "sampling/importance_sampling_ratio"
         return [
-            ("mean", f"{difference}/mean", self.log_ratio.abs(), self.known),
-            ("max", f"{difference}/max", self.log_ratio.abs(), self.known),
-            ("min", f"{ratio}/min", self.weights, loss_mask),
-            ("mean", f"{ratio}/mean", self.weights, loss_mask),
-            ("max", f"{ratio}/max", self.weights, loss_mask),
-            ("mean", f"{ratio}/bounded_fraction", self.bounded, self.known),
+            ("mean", "sampling/sampling_logp_difference/mean", self.log_ratio.abs(), self.known),
+            ("max", "sampling/sampling_logp_difference/max", self.log_ratio.abs(), self.known),
+            ("min", "sampling/importance_sampling_ratio/min", self.weights, loss_mask),
+            ("mean", "sampling/importance_sampling_ratio/mean", self.weights, loss_mask),
+            ("max", "sampling/importance_sampling_ratio/max", self.weights, loss_mask),
+            ("mean", "sampling/importance_sampling_ratio/bounded_fraction", self.bounded, self.known),
             ("mean", "sampling/kl", self.kl, self.known),
         ]
 
