@@ -105,7 +105,15 @@ def leave_one_out(rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """
     Mean reward of the *other* completions of the group, which does not bias the gradient.
 
-    A completion that takes part alone is its own baseline: there is nothing to compare it with.
+    Args:
+        rewards (`torch.Tensor` of shape `(P, K)`):
+            Reward of each completion.
+        weights (`torch.Tensor` of shape `(P, K)`):
+            0 for a completion that takes no part; other values do not matter.
+
+    Returns:
+        `torch.Tensor` of shape `(P, K)`. A completion that takes part alone is its own baseline: there is nothing to
+        compare it with.
     """
     scored = takes_part(rewards, weights)  # (P, K)
     known = torch.where(scored, rewards, 0.0)
