@@ -1,6 +1,7 @@
 # Every target sets itself up: the first run makes .venv with the tested versions, later runs re-use it.
 #
 #   make train     train the tiny policy on arithmetic with OPO, and plot what happened
+#   make unit      the tests of pure functions, without a trainer or another process
 #   make test      the quick tests
 #   make test-slow the slow ones
 #   make test-vllm those that need vLLM, in an environment of their own (Linux; 2 GB)
@@ -26,15 +27,20 @@ VLLM_VENV := .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.ready
 BUILD_VENV := .venv-build
 TRL ?= newest-trl
+UNIT := baselines metrics config microbatches step_statistics sampler requested_checkpoint evaluation architecture release \
+	recipes code_blocks
 
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: train test test-slow test-vllm test-lowest test-trl build test-build benchmark experiments engines-table docs \
+.PHONY: train unit test test-slow test-vllm test-lowest test-trl build test-build benchmark experiments engines-table docs \
 	check format setup set-repository clean
 
 train: $(READY)
 	PYTHONWARNINGS=ignore::FutureWarning $(BIN)/accelerate launch --quiet \
 		--config_file examples/accelerate_configs/cpu.yaml examples/train_math.py
+
+unit: $(READY)
+	$(BIN)/python -m pytest $(UNIT:%=tests/test_%.py)
 
 test: $(READY)
 	$(BIN)/python -m pytest -m "not slow"

@@ -48,7 +48,15 @@ from transformers.utils import logging
 
 from measuring import RESULTS, provenance, sample_records
 from opo_trl import OPOConfig, OPOTrainer
-from opo_trl.baselines import optimal_baseline, token_uncertainty
+from opo_trl.algorithm.baselines import (
+    group_mean,
+    leave_one_out,
+    logit_norm,
+    no_baseline,
+    optimal_baseline,
+    surprise,
+    token_uncertainty,
+)
 from opo_trl.evaluation.sampling import tokenize_prompt
 from opo_trl.rewards import math_verify_reward
 from opo_trl.scripts.policies import EMBEDDED_MODEL, model_path
@@ -83,15 +91,11 @@ class Prompt(NamedTuple):
     inner_products: torch.Tensor  # (M, M)
 
 
-def leave_one_out(rewards: torch.Tensor) -> torch.Tensor:  # (G, K) -> (G, K)
-    return (rewards.sum(dim=1, keepdim=True) - rewards) / (rewards.size(1) - 1)
-
-
 # From the completions of groups and the best constant for the prompt: (G, K) or (G, 1).
 BASELINES: dict[str, Callable[[Completions, float], torch.Tensor]] = {
-    "none": lambda group, best: torch.zeros_like(group.rewards),
-    "group mean": lambda group, best: group.rewards.mean(dim=1, keepdim=True),
-    "leave-one-out": lambda group, best: leave_one_out(group.rewards),
+    "none": lambda group, best: no_baseline(group.rewards, group.lengths).expand_as(group.rewards),
+    "group mean": lambda group, best: group_mean(group.rewards, group.lengths),
+    "leave-one-out": lambda group, best: leave_one_out(group.rewards, group.lengths),
     "OPO": lambda group, best: optimal_baseline(group.rewards, group.lengths),
     "length^0.5": lambda group, best: optimal_baseline(group.rewards, group.lengths, 0.5),
     "length^1.6": lambda group, best: optimal_baseline(group.rewards, group.lengths, 1.6),
@@ -118,17 +122,17 @@ def take_gradients(model: Any, prompt: list[int], completions: list[list[int]], 
     gradients, logit_norms, uncertainties, surprises, squared_norms = [], [], [], [], []
     for completion in completions:
         ids = torch.tensor([prompt + completion], device=model.device)
-        log_law = model(input_ids=ids[:, :-1]).logits[0, len(prompt) - 1 :].float().log_softmax(dim=-1)  # (C, V)
-        logps = log_law.gather(1, ids[0, len(prompt) :, None]).squeeze(1)  # (C,)
+        log_probs = model(input_ids=ids[:, :-1]).logits[0, len(prompt) - 1 :].float().log_softmax(dim=-1)  # (C, V)
+        logps = log_probs.gather(1, ids[0, len(prompt) :, None]).squeeze(1)  # (C,)
         gradient = torch.cat([part.flatten() for part in torch.autograd.grad(logps.sum(), parameters)]).float()
         squared_norms.append(gradient.square().sum().item())
         if places is not None:
             gradient = torch.zeros(LARGEST_GRADIENT, device=model.device).index_add_(0, places, gradient * signs)
         gradients.append(gradient)
-        law, own = log_law.detach().exp(), logps.detach().exp()
-        uncertainties.append(token_uncertainty(logps.detach()[None], torch.ones_like(logps)[None]).item())
-        surprises.append((1 - own).sum().item())
-        logit_norms.append((1 - 2 * own + law.square().sum(dim=1)).sum().item())
+        own, every = logps.detach()[None], torch.ones_like(logps)[None]
+        uncertainties.append(token_uncertainty(own, every).item())
+        surprises.append(surprise(own, every).item())
+        logit_norms.append(logit_norm(log_probs.detach(), ids[0, len(prompt) :]).item())
     stacked = torch.stack(gradients)  # (M, D)
     lengths = [len(completion) for completion in completions]
     columns = (rewards, lengths, logit_norms, uncertainties, surprises, squared_norms)
@@ -162,7 +166,9 @@ def group_statistics(prompt: Prompt, group_size: int, generator: torch.Generator
         for part, members in enumerate(halves):
             means[part][:, members] = overall[:, members] * len(groups) / half
             rewards = facts.rewards[members][None]
-            gradient[part, members] = ((rewards - leave_one_out(rewards)) / members.numel())[0]  # without bias
+            gradient[part, members] = ((rewards - leave_one_out(rewards, torch.ones_like(rewards))) / members.numel())[
+                0
+            ]  # without bias
         blocks = products[groups[:, :, None], groups[:, None, :]]  # (G, K, K)
         by_group = weights.transpose(0, 1)  # (G, B, K)
         squares = ((by_group @ blocks) * by_group).sum(dim=2)  # (G, B)

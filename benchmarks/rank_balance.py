@@ -16,7 +16,8 @@ import statistics
 
 import torch
 
-from opo_trl.update.microbatches import MEMORY_SHARE, deal_rows, plan_microbatches
+from opo_trl.update.microbatches import MEMORY_SHARE, plan_microbatches
+from opo_trl.update.planner import UpdatePlanner
 
 PROMPT_LENGTH, LONGEST, GROUP_SIZE, BATCHES = 32, 512, 8, 40
 
@@ -50,7 +51,7 @@ def simulate(ranks: int, rows: int, micro_batches: int, uninformative: float) ->
         largest = int(MEMORY_SHARE * rows // micro_batches * max(widths))
         for name, hands in (
             ("own rows", [hand[learns[hand]] for hand in own]),
-            ("dealt", deal_rows(lengths + PROMPT_LENGTH, learns, ranks)),
+            ("dealt", UpdatePlanner(micro_batches, num_ranks=ranks).assign(lengths + PROMPT_LENGTH, learns)),
         ):
             costs = torch.tensor([micro_batch_tokens(lengths[hand], micro_batches, largest) for hand in hands])
             speedups.setdefault(f"{name}, DDP", []).append(trl / float(costs.sum(dim=1).max()))
