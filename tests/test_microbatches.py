@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opo_trl.update.microbatches import MEMORY_SHARE, deal_rows, plan_microbatches
+from opo_trl.update.microbatches import MEMORY_SHARE, assign_rows, plan_microbatches
 
 LENGTHS = st.lists(st.tuples(st.integers(1, 40), st.integers(0, 500)), min_size=0, max_size=40)
 
@@ -18,7 +18,7 @@ def columns(lengths):
 
 
 def total(plan):
-    return sum(micro_batch.padded_tokens for micro_batch in plan if micro_batch.learns)
+    return sum(micro_batch.padded_tokens for micro_batch in plan if micro_batch.informative)
 
 
 def round_up(value, multiple):
@@ -31,14 +31,14 @@ def test_every_row_once_none_empty_and_no_wider_than_its_longest_row(lengths, nu
     plan = plan_microbatches(prompts, completions, num_microbatches, largest, multiple)
     assert len(plan) == num_microbatches
     assert all(len(micro_batch.rows) >= 1 for micro_batch in plan)
-    learning = [micro_batch for micro_batch in plan if micro_batch.learns]
+    learning = [micro_batch for micro_batch in plan if micro_batch.informative]
     assert len(learning) == min(num_microbatches, len(lengths))
     assert sorted(itertools.chain(*(m.rows.tolist() for m in learning))) == list(range(len(lengths)))
     for micro_batch in learning:
         assert micro_batch.prompt_width == round_up(int(prompts[micro_batch.rows].max()), multiple or 1)
         assert micro_batch.completion_width == round_up(max(int(completions[micro_batch.rows].max()), 1), multiple or 1)
     for filler in plan[len(learning) :]:
-        assert (filler.learns, filler.padded_tokens, filler.rows.tolist()) == (False, 2, [0])
+        assert (filler.informative, filler.padded_tokens, filler.rows.tolist()) == (False, 2, [0])
     sizes = [micro_batch.padded_tokens for micro_batch in learning]
     assert sizes == sorted(sizes, reverse=True)
 
@@ -82,7 +82,7 @@ def test_fewest_tokens_within_the_limit_against_enumeration(lengths, num_microba
 def test_rows_that_learn_are_dealt_once_and_evenly(lengths, num_ranks, data):
     prompts, completions = columns(lengths)
     learns = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(lengths), max_size=len(lengths)))).bool()
-    hands = deal_rows(prompts + completions, learns, num_ranks)
+    hands = assign_rows(prompts + completions, learns, num_ranks)
     assert len(hands) == num_ranks
     assert sorted(itertools.chain(*(hand.tolist() for hand in hands))) == learns.nonzero().flatten().tolist()
     sizes = [len(hand) for hand in hands]
@@ -92,7 +92,7 @@ def test_rows_that_learn_are_dealt_once_and_evenly(lengths, num_ranks, data):
 def test_dealing_balances_tokens():
     generator = torch.Generator().manual_seed(0)
     lengths = torch.exp(5.0 + 0.7 * torch.randn(512, generator=generator)).clamp(16, 512).long()
-    hands = deal_rows(lengths, torch.ones(512, dtype=torch.bool), 8)
+    hands = assign_rows(lengths, torch.ones(512, dtype=torch.bool), 8)
     tokens = torch.tensor([int(lengths[hand].sum()) for hand in hands]).double()
     contiguous = lengths.view(8, 64).sum(dim=1).double()
     assert tokens.max() / tokens.mean() < 1.01 < contiguous.max() / contiguous.mean()

@@ -50,7 +50,7 @@ _CONTRACT = (
     _Rule(
         "vllm_importance_sampling_mode",
         ("token_truncate", "token_mask"),
-        "corrects the engine's mismatch token by token; a ratio multiplied over a whole completion masks nearly all",
+        "corrects the engine's mismatch token by token; a ratio multiplied over a completion masks nearly all",
     ),
     _Rule("disable_dropout", (True,), "takes the gradient of the network that sampled, without dropout"),
     _Rule("neftune_noise_alpha", (None, 0.0), "takes the gradient of the network that sampled, without noise"),
@@ -70,7 +70,7 @@ class OPOConfig(GRPOConfig):
     Constructed with nothing but an `output_dir`, it *is* the algorithm: exactly one optimizer step per rollout batch,
     the optimal baseline, no clipping, no KL, no entropy bonus, no division by the standard deviation. It takes every
     field of [`~trl.GRPOConfig`]; those that would contradict OPO are refused with a `ValueError` that names the field,
-    the value given and the way out.
+    the offending value and how to fix it.
 
     Parameters:
         length_exponent (`float`, *optional*, defaults to `1.0`):
@@ -98,7 +98,7 @@ class OPOConfig(GRPOConfig):
         scale_rewards (`str`, *optional*, defaults to `"none"`):
             OPO's advantage is `r - b*`, not divided by anything.
         loss_type (`str`, *optional*, defaults to `"dapo"`):
-            Normaliser of the summed token terms. `"dapo"` divides by the number of trainable tokens of the whole
+            Normaliser of the summed token terms. `"dapo"` divides by the number of trainable tokens of the
             rollout batch (the scale of the authors' code), `"dr_grpo"` by completions times `max_completion_length`
             (Eq. 11 up to a constant).
         disable_dropout (`bool`, *optional*, defaults to `True`):
@@ -174,7 +174,7 @@ class OPOConfig(GRPOConfig):
         Runs when the config is built and again in [`OPOTrainer`], since fields can change in between.
 
         Raises:
-            ValueError: With the field, the value given and the way out.
+            ValueError: With the field, the offending value and how to fix it.
         """
         for rule in _CONTRACT:
             value = getattr(self, rule.field)
@@ -234,7 +234,7 @@ class OPOConfig(GRPOConfig):
             )
 
     def _explain_batch_size(self) -> str | None:
-        """Say in the fields that users set which batch is not a whole number of groups, and what to set instead."""
+        """Explain in the fields that users set which batch num_generations does not divide, and what to set instead."""
         if self.eval_strategy != "no":
             explanation = _explain_division(
                 "evaluates",

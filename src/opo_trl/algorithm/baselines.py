@@ -55,7 +55,7 @@ def optimal_baseline(
     total_weight = weights.sum(dim=1, keepdim=True)  # (P, 1)
     weighted_sum = (weights * torch.where(active, rewards, 0.0)).sum(dim=1, keepdim=True)  # (P, 1)
     # A weighted mean lies between the smallest and the largest of its values. Rounding can push it outside by the last
-    # bit, and would leave an advantage of 1e-8 (a full forward and backward) where there is nothing to learn.
+    # bit, and would leave an advantage of 1e-8 (a full forward and backward) where no completion is informative.
     lowest = torch.where(active, rewards, torch.inf).amin(dim=1, keepdim=True)  # (P, 1)
     highest = torch.where(active, rewards, -torch.inf).amax(dim=1, keepdim=True)  # (P, 1)
     baseline = (weighted_sum / total_weight).clamp(min=lowest, max=highest)

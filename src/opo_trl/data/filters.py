@@ -1,4 +1,4 @@
-"""Which problems to leave out: those of an evaluation set, and those with nothing to learn from."""
+"""Which problems to leave out: those of an evaluation set, and uninformative ones."""
 
 import logging
 import re

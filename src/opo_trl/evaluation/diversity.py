@@ -66,7 +66,7 @@ def self_bleu(texts: Sequence[str]) -> float:
     Self-BLEU: mean BLEU of each text against the others as its references (Zhu et al. 2018, arXiv 1802.01886).
 
     BLEU is sacrebleu's for sentences: up to 4-grams, "13a" words, exponential smoothing, effective order. Two texts
-    without a word have 0.
+    that contains no word have 0.
 
     Args:
         texts (`Sequence[str]`):

@@ -86,7 +86,7 @@ class TransformersSampler:
             [torch.rand(limit, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds]
         )
         draw = _DrawFromUniforms(uniforms.to(device), width, self.temperature)
-        with torch.no_grad(), _only_this_law(self.model, self._law):
+        with torch.no_grad(), _only_this_config(self.model, self._law):
             output = self.model.generate(
                 input_ids=input_ids.to(device),
                 attention_mask=mask.to(device),
@@ -168,10 +168,10 @@ class _DrawFromUniforms(LogitsProcessor):
 
 
 @contextmanager
-def _only_this_law(model: Any, law: GenerationConfig) -> Iterator[None]:
+def _only_this_config(model: Any, config: GenerationConfig) -> Iterator[None]:
     """`generate` fills what a generation config leaves open from the model's own, which may cut tails or ban tokens."""
     own, was_training = model.generation_config, model.training
-    model.generation_config = law
+    model.generation_config = config
     model.eval()
     try:
         yield

@@ -1,4 +1,4 @@
-"""What a model makes of given completions: log-probabilities and entropies of their tokens."""
+"""Score completions: log-probabilities and entropies of their tokens under a model."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ def score_completions(
     """
     Log-probability of each completion token, and entropy of the distribution it was drawn from.
 
-    Both are of the law `softmax(logits / temperature)`, the one that samples.
+    Both are of the distribution `softmax(logits / temperature)`, the one that samples.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
@@ -39,7 +39,7 @@ def score_completions(
         completions (`Sequence[Sequence[int]]`):
             Token ids of each completion.
         temperature (`float`, *optional*, defaults to `1.0`):
-            Temperature of the law.
+            Temperature of the distribution.
 
     Returns:
         `list[TokenScores]`: One per completion.

@@ -1,4 +1,4 @@
-"""The order of the prompts as a function of the seed and the epoch alone, so that a run can go on in any epoch."""
+"""The order of the prompts as a function of the seed and the epoch alone, so that a run can be resumed in any epoch."""
 
 from collections.abc import Callable, Iterator
 from typing import Any

@@ -84,7 +84,7 @@ class UnpickledToken(str):
 
 class BackgroundPushes:
     """
-    What the main process sends to the Hub while training goes on, and what became of it. Empty in the other processes.
+    What the main process uploads to the Hub during training, and what became of it. Empty in the other processes.
 
     transformers waits for the threads that upload, but never asks whether they have failed.
 
@@ -98,13 +98,15 @@ class BackgroundPushes:
         self._running: list[tuple[str, futures.Future[Any]]] = []
 
     def watch(self, what: str, push: futures.Future[Any]) -> None:
-        """Keep an eye on a push that has started."""
+        """Track a running upload."""
         self._running.append((what, push))
 
     def fail(self, what: str, error: BaseException) -> None:
         """Remember a push that has failed, and say so."""
         self.failures.append(f"{what}: {describe_error(error)}")
-        logger.warning("A push to the Hub failed, %s. The run goes on; the files are in output_dir.", self.failures[-1])
+        logger.warning(
+            "A push to the Hub failed, %s. Training continues; the files are in output_dir.", self.failures[-1]
+        )
 
     def running(self, seconds: float = 0.0) -> bool:
         """Wait for the pushes that have started, so many seconds at most; return whether any of them still runs."""

@@ -168,7 +168,7 @@ def sample_task(policy: Policy, task: Task, args: EvaluationArguments, state: Pa
     problems = list(fit_to_tokenizer(task.problems, policy.tokenizer))
     ids = [problem["id"] for problem in problems]
     prompts = [tokenize_prompt(policy.tokenizer, problem["prompt"]) for problem in problems]
-    # Prompts of like lengths share a batch, the longest first, as they take longest.
+    # Prompts of similar lengths share a batch, the longest first, as they take longest.
     order = sorted(range(len(ids)), key=lambda number: (-len(prompts[number]), number))
     rows = [(number, sample) for number in order for sample in range(task.num_samples)]
 

@@ -1,10 +1,10 @@
 """
-Which rows of a rollout batch share a micro-batch, and what padding goes. Pure torch.
+Which rows of a rollout batch share a micro-batch, and which padding is trimmed. Pure torch.
 
 All rows of a rollout batch feed one optimizer step, so neither their order nor their grouping can change the gradient,
-and a row whose advantage is 0 adds nothing to it. So rows of like lengths go together, rows without anything to learn
-from stay out, and every micro-batch is as wide as its own longest row, not the whole batch's. None of this is open to a
-trainer that takes several steps per batch or adds a KL term.
+and a row whose advantage is 0 adds nothing to it. So rows of similar lengths share a micro-batch, uninformative rows are
+left out, and every micro-batch is as wide as its own longest row. None of this is possible for a trainer that takes
+several steps per batch or adds a KL term.
 """
 
 from typing import NamedTuple
@@ -22,37 +22,37 @@ class MicroBatch(NamedTuple):
     rows: torch.Tensor  # (B,), int64
     prompt_width: int
     completion_width: int
-    learns: bool = True
+    informative: bool = True
 
     @property
     def padded_tokens(self) -> int:
         return len(self.rows) * (self.prompt_width + self.completion_width)
 
 
-def deal_rows(lengths: torch.Tensor, learns: torch.Tensor, num_ranks: int) -> list[torch.Tensor]:  # (N,), (N,)
+def assign_rows(lengths: torch.Tensor, informative: torch.Tensor, num_ranks: int) -> list[torch.Tensor]:  # (N,), (N,)
     """
-    Deal the rows that have something to teach to the ranks, so that all ranks get like lengths and like totals.
+    Assign the informative rows to the ranks, so that all ranks get similar lengths and similar totals.
 
-    Rows go out from the longest to the shortest, back and forth over the ranks like a hand of cards: in data parallel
-    the slowest rank sets the time, and its rows would otherwise be those of whichever groups it happened to sample.
+    Rows are assigned from the longest to the shortest, back and forth over the ranks: in data parallelism the slowest
+    rank sets the time, and its rows would otherwise be those of whichever groups it happened to sample.
 
     Args:
         lengths (`torch.Tensor` of shape `(N,)`):
-            Attended tokens of every row of the whole rollout batch.
-        learns (`torch.Tensor` of shape `(N,)`):
+            Attended tokens of every row of the rollout batch.
+        informative (`torch.Tensor` of shape `(N,)`):
             Whether the row has an advantage other than 0 and a trainable token.
         num_ranks (`int`):
             Number of data-parallel ranks.
 
     Returns:
-        `list[torch.Tensor]`: For each rank its rows, from the longest to the shortest. Together, every row that learns
+        `list[torch.Tensor]`: For each rank its rows, from the longest to the shortest. Together, every informative row
         once; their numbers differ by at most one.
     """
-    learning = learns.nonzero().flatten()
-    ranked = learning[lengths[learning].argsort(stable=True, descending=True)]
+    rows = informative.nonzero().flatten()
+    ranked = rows[lengths[rows].argsort(stable=True, descending=True)]
     position = torch.arange(len(ranked))
-    round_, seat = position // num_ranks, position % num_ranks
-    rank = torch.where(round_ % 2 == 0, seat, num_ranks - 1 - seat)
+    round_, place = position // num_ranks, position % num_ranks
+    rank = torch.where(round_ % 2 == 0, place, num_ranks - 1 - place)
     return [ranked[rank == r] for r in range(num_ranks)]
 
 
@@ -81,9 +81,9 @@ def plan_microbatches(
             Round both widths up to a multiple of this.
 
     Returns:
-        `list[MicroBatch]`, `num_microbatches` of them, the largest first, so that a lack of memory shows at once. With
-        fewer rows than micro-batches, the rest have `learns=False` and one row (row 0) cut to one token on each side:
-        ranks that run different numbers of micro-batches would wait for each other for ever.
+        `list[MicroBatch]`, `num_microbatches` of them, the largest first, so that an OOM surfaces first. With
+        fewer rows than micro-batches, the rest have `informative=False` and one row (row 0) cut to one token on each side:
+        ranks that run different numbers of micro-batches would deadlock.
 
     Raises:
         ValueError: If the shapes differ or are not `(N,)`, or `num_microbatches` is below 1.
@@ -106,11 +106,13 @@ def plan_microbatches(
         for start, end in _cheapest_cut(cost, num_cuts, largest)
     ]
     micro_batches.sort(key=lambda micro_batch: micro_batch.padded_tokens, reverse=True)
-    filler = MicroBatch(torch.zeros(1, dtype=torch.long), 1, 1, learns=False)
+    filler = MicroBatch(torch.zeros(1, dtype=torch.long), 1, 1, informative=False)
     return micro_batches + [filler] * (num_microbatches - num_cuts)
 
 
-def cut_rows(rows: dict[str, torch.Tensor], hand: torch.Tensor, micro_batch: MicroBatch) -> dict[str, torch.Tensor]:
+def cut_rows(
+    rows: dict[str, torch.Tensor], rank_rows: torch.Tensor, micro_batch: MicroBatch
+) -> dict[str, torch.Tensor]:
     """
     Make one micro-batch of the plan.
 
@@ -118,7 +120,7 @@ def cut_rows(rows: dict[str, torch.Tensor], hand: torch.Tensor, micro_batch: Mic
         rows (`dict[str, torch.Tensor]`):
             Tensors of a rollout batch, one row per completion: `prompt_*` padded on the left, other matrices on the
             right, vectors as they are.
-        hand (`torch.Tensor` of shape `(N,)`):
+        rank_rows (`torch.Tensor` of shape `(N,)`):
             Rows that the plan was made for, as positions in `rows`.
         micro_batch ([`MicroBatch`]):
             Part of the plan.
@@ -127,7 +129,7 @@ def cut_rows(rows: dict[str, torch.Tensor], hand: torch.Tensor, micro_batch: Mic
         `dict[str, torch.Tensor]`: Its rows, trimmed on both sides. A filler attends to no completion token, so that it
         neither moves the policy nor counts in any metric.
     """
-    chosen = hand[micro_batch.rows] if micro_batch.learns else micro_batch.rows
+    chosen = rank_rows[micro_batch.rows] if micro_batch.informative else micro_batch.rows
     part = {}
     for name, tensor in rows.items():
         tensor = tensor[chosen.to(tensor.device)]
@@ -136,7 +138,7 @@ def cut_rows(rows: dict[str, torch.Tensor], hand: torch.Tensor, micro_batch: Mic
         elif tensor.ndim == 2:
             tensor = tensor[:, : micro_batch.completion_width]
         part[name] = tensor
-    if not micro_batch.learns:
+    if not micro_batch.informative:
         part["completion_mask"] = torch.zeros_like(part["completion_mask"])
     return part
 

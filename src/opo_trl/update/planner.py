@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from .microbatches import MEMORY_SHARE, MicroBatch, cut_rows, deal_rows, plan_microbatches
+from .microbatches import MEMORY_SHARE, MicroBatch, assign_rows, cut_rows, plan_microbatches
 
 # What a rollout batch of text consists of: one row per completion, or one number for the batch.
 ROW_TENSORS = (
@@ -93,7 +93,7 @@ class UpdatePlanner:
 
     def assign(self, lengths: torch.Tensor, informative: torch.Tensor) -> list[torch.Tensor]:  # (N,), (N,)
         """Return the rows of each rank, from the longest to the shortest; uninformative ones are left out."""
-        return deal_rows(lengths, informative, self.num_ranks)
+        return assign_rows(lengths, informative, self.num_ranks)
 
     def cut(
         self, rows: Mapping[str, torch.Tensor], rank_rows: torch.Tensor, sampled: int
