@@ -2,8 +2,8 @@
 Which rows of a rollout batch share a micro-batch, and which padding is trimmed. Pure torch.
 
 All rows of a rollout batch feed one optimizer step, so neither their order nor their grouping can change the gradient,
-and a row whose advantage is 0 adds nothing to it. So rows of similar lengths share a micro-batch, uninformative rows are
-left out, and every micro-batch is as wide as its own longest row. None of this is possible for a trainer that takes
+and a row whose advantage is 0 adds nothing to it. So rows of similar lengths share a micro-batch, uninformative rows
+are left out, and every micro-batch is as wide as its own longest row. None of this is possible for a trainer that takes
 several steps per batch or adds a KL term.
 """
 
@@ -82,8 +82,8 @@ def plan_microbatches(
 
     Returns:
         `list[MicroBatch]`, `num_microbatches` of them, the largest first, so that an OOM surfaces first. With
-        fewer rows than micro-batches, the rest have `informative=False` and one row (row 0) cut to one token on each side:
-        ranks that run different numbers of micro-batches would deadlock.
+        fewer rows than micro-batches, the rest have `informative=False` and one row (row 0) cut to one token on each
+        side: ranks that run different numbers of micro-batches would deadlock.
 
     Raises:
         ValueError: If the shapes differ or are not `(N,)`, or `num_microbatches` is below 1.
