@@ -42,18 +42,19 @@ Each finished run is a file in `--output_dir`. CPU seconds are those of the proc
 """
 
 import argparse
+import json
 import math
 import statistics
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
-from measuring import provenance
+from measuring import RESULTS, provenance
 from opo_trl import OPOConfig, OPOTrainer
 from opo_vs_grpo import (
     LEARNING_RATES,
@@ -66,6 +67,7 @@ from opo_vs_grpo import (
     final_metrics,
     prepare_worker,
 )
+from stability_report import page_tables, plot, summarize_cell, summarize_row
 
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
 SEEDS = (11, 12, 13)
@@ -183,15 +185,11 @@ def pass_at_1(result: Mapping[str, Any]) -> float:
     return 0.0 if "broke_down" in result else float(result["metrics"]["pass@1"])
 
 
-def collapsed(result: Mapping[str, Any], start: float) -> bool:
-    """Whether a run ended below half of the starting policy's pass@1, or broke down."""
-    return "broke_down" in result or pass_at_1(result) < COLLAPSED * start
-
-
+Results = dict[Job, dict[str, Any]]
 Scores = dict[Row, dict[float, list[float]]]  # pass@1 of each seed, by row and by rate in ascending order
 
 
-def scores_of(tried: Mapping[Row, Sequence[float]], results: Mapping[Job, Mapping[str, Any]], rollouts: int) -> Scores:
+def scores_of(tried: Mapping[Row, Sequence[float]], results: Results, rollouts: int) -> Scores:
     """Final pass@1 of every run of some cells."""
     return {
         row: {rate: [pass_at_1(results[Job(*row, rate, seed, rollouts)]) for seed in SEEDS] for rate in sorted(rates)}
@@ -219,21 +217,81 @@ def rates_to_add(scores: Scores, threshold: float) -> dict[Row, list[float]]:
     return wanted
 
 
-def complete_map(directory: Path, processes: int, rollouts: int) -> tuple[Scores, dict[Job, dict[str, Any]]]:
-    """Run what is missing of the map, in the order that the head of this file gives."""
-    results = complete([START], directory, processes, run)
+def complete_map(rollouts: int, finish: Callable[[list[Job]], Results]) -> tuple[Scores, Results]:
+    """Finish every run of the map, in the order that the head of this file gives."""
+    results = finish([START])
     tried: dict[Row, list[float]] = {}
     for rows in (MAIN, CONTROLS):
         added = {row: list(RATES) for row in rows}
-        results |= complete(jobs_of(rows, RATES, SEEDS, rollouts), directory, processes, run)
+        results |= finish(jobs_of(rows, RATES, SEEDS, rollouts))
         while added:
             for row, rates in added.items():
                 tried[row] = [*tried.get(row, []), *rates]
             scores = scores_of(tried, results, rollouts)
             added = rates_to_add(scores, threshold_of(scores))
             more = [job for row, rates in added.items() for job in jobs_of([row], rates, SEEDS, rollouts)]
-            results |= complete(more, directory, processes, run)
+            results |= finish(more)
     return scores, results
+
+
+def read(jobs: Iterable[Job], directory: Path) -> Results:
+    """Results of runs that must all be there."""
+    paths = {job: directory / f"{job.name}.json" for job in jobs}
+    missing = [path.stem for path in paths.values() if not path.exists()]
+    if missing:
+        raise FileNotFoundError(
+            f"--report needs every run, and {len(missing)} of {len(paths)} are not in {directory}, the first of them "
+            f"{missing[0]}. Run the same command without --report to finish them."
+        )
+    return {job: json.loads(path.read_text()) for job, path in paths.items()}
+
+
+def summarize(scores: Scores, results: Results, rollouts: int) -> dict[str, Any]:
+    """The result file: where the runs come from, the rules, the starting policy, and every row with its cells."""
+    start, threshold = results[START]["metrics"], threshold_of(scores)
+    origins = [result["provenance"] for result in results.values()]
+    rows = {}
+    for row, of_row in scores.items():
+        cells = {
+            rate: summarize_cell(
+                [results[Job(*row, rate, seed, rollouts)] for seed in SEEDS], each, COLLAPSED * start["pass@1"]
+            )
+            for rate, each in of_row.items()
+        }
+        rows[f"{row.variant}-{row.steps}"] = summarize_row(cells, threshold)
+    return {
+        **provenance(),
+        **{
+            name: ", ".join(sorted({json.dumps(origin[name]).strip('"') for origin in origins}))
+            for name in ("commit", "hardware")  # of the runs
+        },
+        "versions": one_of([origin["versions"] for origin in origins], "versions"),
+        "runs": len(results) - 1,
+        "cpu_hours": round(sum(result["cpu_seconds"] for result in results.values()) / 3600, 2),
+        "settings": {
+            "learning_rates": RATES,
+            "seeds": SEEDS,
+            "rollouts": rollouts,
+            "completions_per_rollout_batch": 128,
+            "test_problems": NUM_TEST,
+            "samples_per_problem": NUM_SAMPLES,
+            "collapsed_below": COLLAPSED * start["pass@1"],
+            "works_at_share_of_best": WORKS,
+            "rows": {f"{row.variant}-{row.steps}": arm_of(row)[2] for row in scores},
+        },
+        "start": start,
+        "threshold": threshold,
+        "rows": rows,
+    }
+
+
+def one_of(values: Sequence[Any], name: str) -> Any:
+    """The value that all runs share."""
+    if any(value != values[0] for value in values):
+        raise ValueError(
+            f"All runs must have the same {name}, got {values[0]} and others. Run them in one environment."
+        )
+    return values[0]
 
 
 def main() -> None:
@@ -241,9 +299,19 @@ def main() -> None:
     parser.add_argument("--rollouts", type=int, default=ROLLOUTS, help="rollout batches of 128 completions per run")
     parser.add_argument("--processes", type=int, default=1, help="runs at a time")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "outputs" / "stability_map", help="finished runs")
+    parser.add_argument("--report", action="store_true", help="write the results of the finished runs, run nothing")
     args = parser.parse_args()
-    print(f"{NUM_TEST} held-out problems, {NUM_SAMPLES} completions each; seeds {SEEDS}", flush=True)
-    complete_map(args.output_dir, args.processes, args.rollouts)
+    if args.report:
+        report = summarize(
+            *complete_map(args.rollouts, lambda jobs: read(jobs, args.output_dir)), rollouts=args.rollouts
+        )
+        path = RESULTS / "stability_map.json"
+        path.write_text(json.dumps(report, indent=1) + "\n")
+        plot(report, path.with_suffix(".png"))
+        print(*page_tables(report).values(), sep="\n\n")
+        print(f"written to {path}")
+    else:
+        complete_map(args.rollouts, lambda jobs: complete(jobs, args.output_dir, args.processes, run))
 
 
 if __name__ == "__main__":
