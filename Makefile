@@ -117,6 +117,8 @@ $(VLLM_READY): pyproject.toml requirements-vllm.txt
 experiments: $(READY)
 	$(BIN)/python benchmarks/gradient_variance.py
 	$(BIN)/python benchmarks/opo_vs_grpo.py
+	$(BIN)/python benchmarks/stability_map.py
+	$(BIN)/python benchmarks/stability_map.py --report
 
 engines-table: $(ENGINES_READY)
 	$(BIN)/python benchmarks/engine_equality.py

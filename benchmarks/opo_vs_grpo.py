@@ -38,7 +38,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -122,39 +122,47 @@ def held_out(split: str) -> Any:
 
 def make_trainer(job: Job, directory: str) -> Any:
     """The trainer of an arm, with everything that arms share set alike."""
-    trainer_class, config_class, settings = ARMS[job.arm]
+    settings = ARMS[job.arm][2]
     steps = job.rollouts * settings.get("steps_per_generation", 2) // settings["gradient_accumulation_steps"]
-    config = config_class(
-        directory,
-        seed=job.seed,
-        learning_rate=job.learning_rate,
-        max_steps=steps,
-        lr_scheduler_type="constant_with_warmup",
-        warmup_steps=steps // 20,
-        per_device_train_batch_size=64,
-        num_generations=NUM_SAMPLES,
-        max_completion_length=MAX_COMPLETION_LENGTH,
-        max_grad_norm=MAX_GRAD_NORM,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        disable_tqdm=True,
-        **settings,
-    )
+    return build_trainer(ARMS[job.arm], directory, seed=job.seed, learning_rate=job.learning_rate, max_steps=steps)
+
+
+def build_trainer(arm: tuple[type, type, dict[str, Any]], directory: str, *, max_steps: int, **settings: Any) -> Any:
+    """A trainer on the quickstart's problems: what experiments share, then what an arm and a run set."""
+    trainer_class, config_class, of_arm = arm
+    shared = {
+        "max_steps": max_steps,
+        "lr_scheduler_type": "constant_with_warmup",
+        "warmup_steps": max_steps // 20,
+        "per_device_train_batch_size": 64,
+        "num_generations": NUM_SAMPLES,
+        "max_completion_length": MAX_COMPLETION_LENGTH,
+        "max_grad_norm": MAX_GRAD_NORM,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+    }
+    config = config_class(directory, **shared | of_arm | settings)
     problems = load_problems("arithmetic", "train", num_arithmetic=8_000)
     trainer = trainer_class(POLICY, math_verify_reward, config, problems)
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-def run(job: Job) -> dict[str, Any]:
-    """Train and measure one job."""
+def prepare_worker() -> None:
+    """One thread a run, and no progress bars between the lines that runs print."""
     torch.set_num_threads(1)
     disable_progress_bars()
     logging.disable_progress_bar()
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Train and measure one job."""
+    prepare_worker()
     start = time.perf_counter()
     result: dict[str, Any] = {"job": job._asdict(), "commit": provenance()["commit"]}
     with tempfile.TemporaryDirectory() as directory:
@@ -175,23 +183,31 @@ def run(job: Job) -> dict[str, Any]:
         "gradient_clipped": statistics.fmean(norm > MAX_GRAD_NORM for norm in norms),
         "ratio_clipped": statistics.fmean(entry.get("clip_ratio/region_mean", 0.0) for entry in steps),
     }
-    base = AutoModelForCausalLM.from_pretrained(POLICY)
-    records = sample_records(
-        trainer.model, AutoTokenizer.from_pretrained(POLICY), held_out(job.split), num_samples=NUM_SAMPLES,
-        max_new_tokens=MAX_COMPLETION_LENGTH, seed=0, base=base,
-    )  # fmt: skip
-    metrics = problem_metrics(records)
-    result["metrics"] = {name: statistics.fmean(metrics[name].values()) for name in METRICS}
+    result["metrics"] = final_metrics(trainer.model, job.split)
     result["seconds"] = round(time.perf_counter() - start, 1)
     return result
 
 
-def complete(jobs: Iterable[Job], directory: Path, processes: int) -> dict[Job, dict[str, Any]]:
+def final_metrics(model: Any, split: str) -> dict[str, float]:
+    """Every metric of a policy on the held-out problems of a split, from the same completions."""
+    base = AutoModelForCausalLM.from_pretrained(POLICY)
+    records = sample_records(
+        model, AutoTokenizer.from_pretrained(POLICY), held_out(split), num_samples=NUM_SAMPLES,
+        max_new_tokens=MAX_COMPLETION_LENGTH, seed=0, base=base,
+    )  # fmt: skip
+    metrics = problem_metrics(records)
+    return {name: statistics.fmean(metrics[name].values()) for name in METRICS}
+
+
+def complete(
+    jobs: Iterable[Any], directory: Path, processes: int, run: Callable[[Any], dict[str, Any]] = run
+) -> dict[Any, dict[str, Any]]:
     """Results of all jobs: read where a run is done, run where it is not, several at a time."""
     directory.mkdir(parents=True, exist_ok=True)
     paths = {job: directory / f"{job.name}.json" for job in dict.fromkeys(jobs)}
     missing = [job for job, path in paths.items() if not path.exists()]
     if missing:
+        start = time.perf_counter()
         with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
             futures = {pool.submit(run, job): job for job in missing}
             for done, future in enumerate(as_completed(futures), 1):
@@ -199,7 +215,8 @@ def complete(jobs: Iterable[Job], directory: Path, processes: int) -> dict[Job, 
                 part = paths[job].with_suffix(".part")
                 part.write_text(json.dumps(result) + "\n")
                 part.replace(paths[job])
-                print(f"{done:3d}/{len(missing)}  {job.name:42}{_line(result)}", flush=True)
+                left = (time.perf_counter() - start) / done * (len(missing) - done) / 60
+                print(f"{done:3d}/{len(missing)}  {job.name:42}{_line(result)}  {left:.0f} min left", flush=True)
     return {job: json.loads(path.read_text()) for job, path in paths.items()}
 
 
