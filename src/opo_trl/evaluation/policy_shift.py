@@ -14,8 +14,8 @@ def sequence_kl(
     Estimate of KL(policy || base) from one sample of the policy.
 
     With `d_t = log policy - log base` of token t, `"plain"` sums `d_t` and `"low_variance"` sums `exp(-d_t) - 1 + d_t`
-    (Schulman 2020, "Approximating KL divergence", k1 and k3). Both have the KL of the response as their mean over samples
-    of the policy; the second is never negative and scatters less while the two policies are close. Where base
+    (Schulman 2020, "Approximating KL divergence", k1 and k3). Both have the KL of the response as their mean over
+    samples of the policy; the second is never negative and scatters less while the two policies are close. Where base
     gives a token much more probability than the policy does, its terms can be very large.
 
     Args:
