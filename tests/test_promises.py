@@ -1,4 +1,4 @@
-"""The page of promises names tests that exist."""
+"""The page on resuming names tests that exist."""
 
 import ast
 import re
