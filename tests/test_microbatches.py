@@ -1,20 +1,30 @@
 """The plan of the update: every row that learns once, no micro-batch empty, never wider than TRL's, fewest tokens."""
 
 import itertools
+from unittest.mock import patch
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from opo_trl.update.microbatches import MEMORY_SHARE, assign_rows, plan_microbatches
+from opo_trl.update import cheapest_cut
+from opo_trl.update.cheapest_cut import EXACT_ROWS
+from opo_trl.update.microbatches import MEMORY_SHARE, MicroBatch, assign_rows, cut_rows, plan_microbatches
 
 LENGTHS = st.lists(st.tuples(st.integers(1, 40), st.integers(0, 500)), min_size=0, max_size=40)
+EXACT_UP_TO = st.sampled_from([0, EXACT_ROWS])  # with 0, few rows are planned as many are
 
 
 def columns(lengths):
     pairs = torch.tensor(lengths, dtype=torch.long).view(-1, 2)
     return pairs[:, 0], pairs[:, 1]
+
+
+def plan_exactly_up_to(exact_rows, *args):
+    with patch.object(cheapest_cut, "EXACT_ROWS", exact_rows):
+        return plan_microbatches(*args)
 
 
 def total(plan):
@@ -25,10 +35,12 @@ def round_up(value, multiple):
     return -(-value // multiple) * multiple
 
 
-@given(LENGTHS, st.integers(1, 12), st.integers(1, 20_000), st.sampled_from([None, 1, 8, 128]))
-def test_every_row_once_none_empty_and_no_wider_than_its_longest_row(lengths, num_microbatches, largest, multiple):
+@given(LENGTHS, st.integers(1, 12), st.integers(1, 20_000), st.sampled_from([None, 1, 8, 128]), EXACT_UP_TO)
+def test_every_row_once_none_empty_and_no_wider_than_its_longest_row(
+    lengths, num_microbatches, largest, multiple, exact_rows
+):
     prompts, completions = columns(lengths)
-    plan = plan_microbatches(prompts, completions, num_microbatches, largest, multiple)
+    plan = plan_exactly_up_to(exact_rows, prompts, completions, num_microbatches, largest, multiple)
     assert len(plan) == num_microbatches
     assert all(len(micro_batch.rows) >= 1 for micro_batch in plan)
     learning = [micro_batch for micro_batch in plan if micro_batch.informative]
@@ -43,13 +55,13 @@ def test_every_row_once_none_empty_and_no_wider_than_its_longest_row(lengths, nu
     assert sizes == sorted(sizes, reverse=True)
 
 
-@given(LENGTHS.filter(len), st.integers(1, 8), st.integers(1, 6))
-def test_never_more_than_trls_plan(lengths, num_microbatches, rows_per_microbatch):
+@given(LENGTHS.filter(len), st.integers(1, 8), st.integers(1, 6), EXACT_UP_TO)
+def test_never_more_than_trls_plan(lengths, num_microbatches, rows_per_microbatch, exact_rows):
     """TRL runs the same number of rows in every micro-batch, each as wide as the rollout batch's longest row."""
     lengths = (lengths * num_microbatches * rows_per_microbatch)[: num_microbatches * rows_per_microbatch]
     prompts, completions = columns(lengths)
     trls = rows_per_microbatch * (int(prompts.max()) + max(int(completions.max()), 1))
-    plan = plan_microbatches(prompts, completions, num_microbatches, int(MEMORY_SHARE * trls))
+    plan = plan_exactly_up_to(exact_rows, prompts, completions, num_microbatches, int(MEMORY_SHARE * trls))
     assert plan[0].padded_tokens <= trls
     assert total(plan) <= num_microbatches * trls
 
@@ -59,9 +71,14 @@ def all_cuts(size, parts):
         yield list(itertools.pairwise([0, *inner, size]))
 
 
-@settings(max_examples=60)
-@given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 60)), min_size=1, max_size=9), st.integers(1, 4), st.data())
-def test_fewest_tokens_within_the_limit_against_enumeration(lengths, num_microbatches, data):
+@settings(max_examples=120)
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.integers(0, 60)), min_size=1, max_size=9),
+    st.integers(1, 4),
+    EXACT_UP_TO,
+    st.data(),
+)
+def test_fewest_tokens_within_the_limit_against_enumeration(lengths, num_microbatches, exact_rows, data):
     prompts, completions = columns(lengths)
     order = (prompts + completions).argsort(stable=True)
     prompts, completions = prompts[order], completions[order].clamp(min=1)
@@ -70,12 +87,137 @@ def test_fewest_tokens_within_the_limit_against_enumeration(lengths, num_microba
         return [(end - start) * int(prompts[start:end].max() + completions[start:end].max()) for start, end in cut]
 
     cuts = [sizes(cut) for cut in all_cuts(len(lengths), min(num_microbatches, len(lengths)))]
-    limit = data.draw(st.integers(1, max(map(max, cuts))))
+    largest_of_cheapest = max(min(cuts, key=lambda cut: (sum(cut), max(cut))))
+    limit = data.draw(
+        st.integers(1, max(map(max, cuts))) | st.just(largest_of_cheapest) | st.just(largest_of_cheapest - 1)
+    )
     smallest_possible = min(map(max, cuts))
     expected = min(sum(cut) for cut in cuts if max(cut) <= max(limit, smallest_possible))
-    plan = plan_microbatches(*columns(lengths), num_microbatches, limit)
-    assert total(plan) == expected
+    plan = plan_exactly_up_to(exact_rows, *columns(lengths), num_microbatches, limit)
+    assert total(plan) == expected  # also beyond EXACT_ROWS: every border may move to any of so few rows
     assert plan[0].padded_tokens <= max(limit, smallest_possible)
+
+
+@pytest.mark.parametrize("exact_rows", [0, EXACT_ROWS])
+@pytest.mark.parametrize(("largest", "tokens"), [(1, 32), (21, 32), (22, 28)])
+def test_an_impossible_limit_is_raised_to_the_least_possible_one(largest, tokens, exact_rows):
+    """Two parts of 21 and 11 tokens are the most even ones; those of 6 and 22 are cheaper."""
+    prompts, completions = torch.tensor([1, 1, 1, 1]), torch.tensor([2, 2, 6, 10])
+    assert total(plan_exactly_up_to(exact_rows, prompts, completions, 2, largest)) == tokens
+
+
+def test_512_rows_are_planned_exactly():
+    """The expected plan is the one from before larger batches were planned in another way."""
+    row = torch.arange(EXACT_ROWS)
+    prompts, completions = row * row % 3001 + 20, row * row * 37 % 3001
+    sizes = "122 55 32 23 20 42 22 17 18 19 20 15 10 9 25 9 10 6 5 5 5 4 16 3"
+    expected = [int(size) for size in sizes.split()]
+    plan = plan_microbatches(prompts, completions, len(expected), 10**9)
+    assert [len(micro_batch.rows) for micro_batch in plan] == expected
+    assert total(plan) == 2_353_960
+    close = plan_exactly_up_to(EXACT_ROWS - 1, prompts, completions, len(expected), 10**9)
+    assert [len(micro_batch.rows) for micro_batch in close] != expected
+
+
+@given(LENGTHS.filter(len), st.integers(1, 40), st.integers(-1, 20_000), st.sampled_from([1, 8, 128]))
+def test_beyond_exact_rows_the_limit_is_that_of_the_exact_plan(lengths, num_microbatches, largest, multiple):
+    arguments = *columns(lengths), num_microbatches, largest, multiple
+    smallest_possible = plan_microbatches(*columns(lengths), num_microbatches, 0, multiple)[0].padded_tokens
+    exact, close = plan_microbatches(*arguments), plan_exactly_up_to(0, *arguments)
+    assert close[0].padded_tokens <= max(largest, smallest_possible)
+    assert total(close) >= total(exact)
+
+
+def draw(distribution, rows):
+    """Lengths of prompts and completions."""
+    generator = torch.Generator().manual_seed(0)
+    normal, other = torch.randn(2, rows, generator=generator)
+    uniform, prompts = torch.rand(rows, generator=generator), torch.full((rows,), 64.0)
+    if distribution == "log-normal":
+        completions = torch.exp(7 + normal)
+    elif distribution == "heavy-tailed":
+        completions = 200 / uniform
+    elif distribution == "two lengths":
+        completions = torch.where(uniform < 0.5, 400 + 60 * normal, 5000 + 800 * normal)
+    elif distribution == "few long prompts":
+        prompts, completions = torch.where(uniform < 0.02, 4000.0, 64.0), torch.exp(7 + 0.5 * normal)
+    elif distribution == "any prompts":
+        prompts, completions = 16 + 2000 * uniform, torch.exp(7 + normal)
+    else:
+        prompts, completions = torch.exp(6 + normal), torch.exp(6.5 + 0.8 * normal + 0.6 * other)
+    return prompts.clamp(16, 4096).long(), completions.clamp(1, 8192).long()
+
+
+@pytest.mark.parametrize("share", [0.1, 0.75, 3.0])  # of TRL's largest micro-batch; 0.1 is less than any cut can have
+@pytest.mark.parametrize(
+    "distribution", ["log-normal", "heavy-tailed", "two lengths", "few long prompts", "any prompts", "correlated"]
+)
+def test_close_to_the_exact_plan(distribution, share):
+    rows, num_microbatches = 640, 40
+    prompts, completions = draw(distribution, rows)
+    largest = int(share * rows // num_microbatches * (prompts.max() + completions.max()))
+    exact = plan_exactly_up_to(rows, prompts, completions, num_microbatches, largest)
+    plan = plan_microbatches(prompts, completions, num_microbatches, largest)
+    assert total(exact) <= total(plan) <= 1.005 * total(exact)
+    smallest_possible = plan_exactly_up_to(rows, prompts, completions, num_microbatches, 0)[0].padded_tokens
+    assert plan[0].padded_tokens <= max(largest, smallest_possible)
+
+
+def test_close_to_the_exact_plan_with_two_kinds_of_prompts():
+    """The exact plan takes minutes here; its total was computed with it."""
+    row = torch.arange(4096)
+    x, y, long_prompt = row * 7919 % 10_007, row * row * 31 % 9_973, row % 3 == 0
+    prompts = torch.where(long_prompt, 16 + y**2 * 8192 // 9_973**2, 16)
+    completions = torch.where(long_prompt, 300, 1 + x**4 // 10_007**3 * 8192 // 10_007)
+    plan = plan_microbatches(prompts, completions, 256, largest=196_644)
+    assert plan[0].padded_tokens <= 196_644
+    assert 13_525_917 <= total(plan) <= 1.005 * 13_525_917
+
+
+class Bounded(TorchDispatchMode):
+    """Fails at a tensor with more elements than `largest`, or when all have had more than `work` together."""
+
+    def __init__(self, largest, work):
+        super().__init__()
+        self.largest, self.work = largest, work
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                assert tensor.numel() <= self.largest, function
+                self.work -= tensor.numel()
+        assert self.work >= 0
+        return result
+
+
+@pytest.mark.parametrize("distribution", ["log-normal", "any prompts"])
+def test_16384_rows_in_256_micro_batches(distribution):
+    """A table of all parts, as the exact plan needs it, would have 2**28 elements, and 256 times as many steps."""
+    rows, num_microbatches = 16_384, 256
+    prompts, completions = draw(distribution, rows)
+    largest = int(MEMORY_SHARE * rows // num_microbatches * (prompts.max() + completions.max()))
+    with Bounded(largest=2**20, work=2**28):
+        plan = plan_microbatches(prompts, completions, num_microbatches, largest)
+    assert len(plan) == num_microbatches
+    assert plan[0].padded_tokens <= largest
+    assert torch.cat([micro_batch.rows for micro_batch in plan]).sort().values.equal(torch.arange(rows))
+    efficiency = float((prompts + completions).sum()) / total(plan)
+    assert efficiency > {"log-normal": 0.99, "any prompts": 0.63}[distribution]
+
+
+def test_a_micro_batch_is_sliced_before_its_rows_are_copied():
+    rows = {
+        "prompt_ids": torch.arange(40).view(4, 10),
+        "completion_ids": torch.arange(80).view(4, 20),
+        "advantages": torch.arange(4.0),
+    }
+    part = cut_rows(rows, torch.tensor([3, 1, 0]), MicroBatch(torch.tensor([0, 2]), 2, 3))
+    assert part["prompt_ids"].tolist() == [[38, 39], [8, 9]]
+    assert part["completion_ids"].tolist() == [[60, 61, 62], [0, 1, 2]]
+    assert part["advantages"].tolist() == [3.0, 0.0]
+    for tensor in part.values():  # nothing of the full width is kept
+        assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
 
 
 @given(LENGTHS, st.integers(1, 9), st.data())

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 
+from .cheapest_cut import cheapest_cut
+
 # Share of the largest micro-batch of TRL's plan that ours may take, in padded tokens, wherever the rows allow it.
 # Activations grow with it, so peak memory falls with the share; docs/update.md has what it costs in time.
 MEMORY_SHARE = 0.75
@@ -66,9 +68,13 @@ def plan_microbatches(
     """
     Cut rows, sorted by length, into micro-batches with the fewest padded tokens in all.
 
-    Among all contiguous cuts of the sorted rows into `num_microbatches` parts whose largest part has at most `largest`
-    padded tokens (or as few as any cut can have, where that is more), the one with the smallest total is found by
-    dynamic programming, in O(N^2) per micro-batch.
+    Only contiguous cuts of the sorted rows into `num_microbatches` parts are considered, with at most `largest` padded
+    tokens in the largest part (or as few as any cut can have, where that is more). Up to `EXACT_ROWS` rows, dynamic
+    programming finds the one with the smallest total, in O(N^2) time per micro-batch and O(N^2) memory.
+
+    With more rows, the limit on the largest part is still exact, and the total is close to the smallest one
+    (docs/update.md has how close): dynamic programming chooses the borders among about a thousand places and then moves
+    them to better rows nearby. This takes O(N log N) memory and, for K micro-batches, O((N + K) log N) time.
 
     Args:
         prompt_lengths, completion_lengths (`torch.Tensor` of shape `(N,)`):
@@ -94,16 +100,15 @@ def plan_microbatches(
             f"1, got {tuple(prompt_lengths.shape)}, {tuple(completion_lengths.shape)} and {num_microbatches}."
         )
     order = (prompt_lengths + completion_lengths).argsort(stable=True)
-    prompts, completions = prompt_lengths[order].cpu(), completion_lengths[order].clamp(min=1).cpu()
+    multiple = pad_to_multiple_of or 1
+    prompt_widths, completion_widths = (
+        (lengths[order].cpu() + multiple - 1) // multiple * multiple
+        for lengths in (prompt_lengths, completion_lengths.clamp(min=1))
+    )
     num_cuts = min(num_microbatches, len(order))
-    cost, prompt_widths, completion_widths = _padded_tokens(prompts, completions, pad_to_multiple_of or 1)
     micro_batches = [
-        MicroBatch(
-            order[start:end],
-            int(prompt_widths[start, end - 1]),
-            int(completion_widths[start, end - 1]),
-        )
-        for start, end in _cheapest_cut(cost, num_cuts, largest)
+        MicroBatch(order[start:end], int(prompt_widths[start:end].max()), int(completion_widths[start:end].max()))
+        for start, end in cheapest_cut(prompt_widths, completion_widths, num_cuts, largest)
     ]
     micro_batches.sort(key=lambda micro_batch: micro_batch.padded_tokens, reverse=True)
     filler = MicroBatch(torch.zeros(1, dtype=torch.long), 1, 1, informative=False)
@@ -132,56 +137,11 @@ def cut_rows(
     chosen = rank_rows[micro_batch.rows] if micro_batch.informative else micro_batch.rows
     part = {}
     for name, tensor in rows.items():
-        tensor = tensor[chosen.to(tensor.device)]
-        if name.startswith("prompt"):
+        if name.startswith("prompt"):  # slice before indexing, which copies
             tensor = tensor[:, -micro_batch.prompt_width :]
         elif tensor.ndim == 2:
             tensor = tensor[:, : micro_batch.completion_width]
-        part[name] = tensor
+        part[name] = tensor[chosen.to(tensor.device)]
     if not micro_batch.informative:
         part["completion_mask"] = torch.zeros_like(part["completion_mask"])
     return part
-
-
-def _padded_tokens(
-    prompts: torch.Tensor, completions: torch.Tensor, multiple: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # (N,), (N,) -> 3 x (N, N)
-    """Padded tokens and widths of the micro-batch of the sorted rows i..j, at [i, j]; infinitely many for j < i."""
-    size = len(prompts)
-    ahead = torch.ones(size, size, dtype=torch.bool).triu()
-
-    def widths(lengths: torch.Tensor) -> torch.Tensor:
-        longest = torch.where(ahead, lengths.expand(size, size), 0).cummax(dim=1).values if size else ahead.long()
-        return (longest + multiple - 1) // multiple * multiple
-
-    prompt_widths, completion_widths = widths(prompts), widths(completions)
-    position = torch.arange(size)
-    rows = position - position.unsqueeze(1) + 1
-    cost = torch.where(ahead, (rows * (prompt_widths + completion_widths)).double(), torch.inf)
-    return cost, prompt_widths, completion_widths
-
-
-def _cheapest_cut(cost: torch.Tensor, num_cuts: int, largest: float) -> list[tuple[int, int]]:
-    """Boundaries (start, end) of the cut into exactly `num_cuts` parts with the smallest total cost."""
-    size = len(cost)
-    # bottleneck[j]: the smallest possible largest part of the first j rows in as many parts as rounds gone by
-    bottleneck = cost[0].clone() if size else cost
-    for _ in range(num_cuts - 1):
-        bottleneck = torch.maximum(_before(bottleneck).unsqueeze(1), cost).amin(dim=0)
-    if size:
-        cost = torch.where(cost <= max(largest, float(bottleneck[-1])), cost, torch.inf)
-    total, choices = cost[0].clone() if size else cost, []
-    for _ in range(num_cuts - 1):
-        total, choice = (_before(total).unsqueeze(1) + cost).min(dim=0)
-        choices.append(choice)
-    bounds, end = [], size
-    for choice in reversed(choices):
-        start = int(choice[end - 1])
-        bounds.append((start, end))
-        end = start
-    return [(0, end), *reversed(bounds)] if size else []
-
-
-def _before(best: torch.Tensor) -> torch.Tensor:  # (N,) -> (N,)
-    """Best value of the rows before i, at [i]: infinite for i = 0, since every part holds a row."""
-    return torch.cat([best.new_full((1,), torch.inf), best[:-1]])
