@@ -9,6 +9,8 @@ import pytest
 from opo_report import page_tables as opo_tables
 from opo_trl.scripts.reporting import COLUMNS
 from pages import ROOT, page, tables, the_table
+from planning import page_sentence as planning_sentence
+from planning import page_table as planning_table
 from variance_report import page_tables as variance_tables
 
 README = (ROOT / "README.md").read_text()
@@ -55,6 +57,18 @@ def test_the_updates_headlines():
     assert f"{half['memory_ratio']:.0%} and {none['memory_ratio']:.0%}".replace("%", " %") in " ".join(README.split())
     worst = max(case["gradient_error"] for case in results("update_phase")["cases"])
     assert f"Gradients differ by at most {worst:.0e}".replace("e-0", "e-") in text
+
+
+PLANNING = ROOT / "benchmarks" / "results" / "planning.json"
+
+
+@pytest.mark.skipif(not PLANNING.exists(), reason="benchmarks/planning.py has not been run on a quiet machine yet")
+def test_the_planning():
+    measured = results("planning")
+    assert the_table(page("update"), "rows on a rank") == tables(planning_table(measured) + "\n")[0][1:]
+    assert planning_sentence(measured) in " ".join(page("update").split())
+    assert measured["draws"]["largest_of_limit"] <= 1
+    assert max(plan["after"]["largest_of_limit"] for plan in measured["plans"]) <= 1
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ import torch
 # Up to this many rows the cut is exact. The time and memory of an exact cut grow with the square of the rows.
 EXACT_ROWS = 512
 
-# How thoroughly more rows are cut; docs/update.md has the time and the excess over the exact cut.
+# How thoroughly more rows are cut; benchmarks/planning.py measures the time and the excess over the exact cut.
 _PLACES = 1_024  # where borders may be at first; twice the number of parts, if that is more
 _PARTS = 2**20  # between these places that are considered
 _PAIRS = 2**16  # of neighbouring borders' places that a later pass compares,

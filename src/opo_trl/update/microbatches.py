@@ -73,8 +73,9 @@ def plan_microbatches(
     programming finds the one with the smallest total, in O(N^2) time per micro-batch and O(N^2) memory.
 
     With more rows, the limit on the largest part is still exact, and the total is close to the smallest one
-    (docs/update.md has how close): dynamic programming chooses the borders among about a thousand places and then moves
-    them to better rows nearby. This takes O(N log N) memory and, for K micro-batches, O((N + K) log N) time.
+    (`benchmarks/planning.py` measures how close): dynamic programming chooses the borders among about a thousand places
+    and then moves them to better rows nearby. This takes O(N log N) memory and, for K micro-batches, O((N + K) log N)
+    time.
 
     Args:
         prompt_lengths, completion_lengths (`torch.Tensor` of shape `(N,)`):
