@@ -10,9 +10,9 @@ from torch import nn
 from transformers.trainer_utils import has_length
 from trl import GRPOTrainer
 
-from .algorithm.baselines import optimal_baseline, uncertainties
+from .algorithm.baselines import optimal_baseline, reward_range, takes_part, uncertainties
 from .algorithm.metrics import rollout_metrics
-from .algorithm.rollout import Rollout, estimate_advantages
+from .algorithm.rollout import Rollout, estimate_advantages, sum_over_tokens
 from .config import OPOConfig
 from .evaluation.pass_at_k import CorrectCompletions
 from .on_policy.determinism import disable_dropout
@@ -23,7 +23,7 @@ from .on_policy.sampling_settings import check_generation_config
 from .rollouts.learning_signal import NoSignalWarning
 from .runs.reliable_runs import ReliableRuns
 from .runs.tracking import versions
-from .update.planner import ROW_TENSORS, UpdatePlanner, count_tokens, loss_mask
+from .update.planner import ROW_TENSORS, UpdatePlanner, count_tokens, loss_mask, regrouping_obstacle
 from .update.step_statistics import StepStatistics
 
 logger = logging.getLogger(__name__)
@@ -194,9 +194,7 @@ class OPOTrainer(ReliableRuns, GRPOTrainer):
         Returns:
             `torch.Tensor` of shape `(P, 1)` or `(P, K)`; with `weigh_tokens` also `(P, 1, T)` or `(P, K, T)`.
         """
-        return optimal_baseline(
-            rewards, weights.sum(dim=2) if weights.ndim == 3 else weights, self.args.length_exponent
-        )
+        return optimal_baseline(rewards, sum_over_tokens(weights), self.args.length_exponent)
 
     def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """Evaluate as [`~transformers.Trainer.evaluation_loop`] does, and add pass@k of the same completions."""
@@ -290,9 +288,7 @@ class OPOTrainer(ReliableRuns, GRPOTrainer):
         """What the baseline weighs by; the length where all rewards of a group are equal: any weight does there."""
         if self.args.baseline_weight == "length" and not self.weigh_tokens:
             return lengths
-        scored = ~torch.isnan(rewards) & (lengths > 0)
-        lowest = torch.where(scored, rewards, torch.inf).amin(dim=1, keepdim=True)
-        highest = torch.where(scored, rewards, -torch.inf).amax(dim=1, keepdim=True)
+        lowest, highest = reward_range(rewards, takes_part(rewards, lengths))  # (P, 1)
         differ = (lowest < highest).expand_as(rewards)  # (P, K)
         ones = loss_mask(batch).float()  # (N, C), of this rank
         first = self.accelerator.process_index * len(ones)
@@ -356,7 +352,7 @@ class OPOTrainer(ReliableRuns, GRPOTrainer):
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
     def _obstacle(self, batch: dict[str, Any]) -> str | None:
-        return self._planner.obstacle(
+        return regrouping_obstacle(
             batch,
             compiled=self.args.torch_compile or is_compiled_module(self.model),
             device_type=self.accelerator.device.type,
@@ -372,8 +368,7 @@ class OPOTrainer(ReliableRuns, GRPOTrainer):
 
     def _log_padding(self, micro_batches: list[dict[str, Any]]) -> None:
         """Log the share of padding among the tokens of the step's micro-batches, over all ranks and without fillers."""
-        counts = torch.tensor(count_tokens(micro_batches), device=self.accelerator.device)
-        attended, padded = self.accelerator.reduce(counts, reduction="sum").tolist()
+        attended, padded = self.accelerator.reduce(count_tokens(micro_batches), reduction="sum").tolist()
         self._metrics["train"]["opo/padding_fraction"].append(1 - attended / padded if padded else float("nan"))
 
     def _token_scores(self, model: nn.Module, inputs: dict[str, Any], **options: Any) -> tuple[Any, Any, Any]:

@@ -56,8 +56,7 @@ def optimal_baseline(
     weighted_sum = (weights * torch.where(active, rewards, 0.0)).sum(dim=1, keepdim=True)  # (P, 1)
     # A weighted mean lies between the smallest and the largest of its values. Rounding can push it outside by the last
     # bit, and would leave an advantage of 1e-8 (a full forward and backward) where no completion is informative.
-    lowest = torch.where(active, rewards, torch.inf).amin(dim=1, keepdim=True)  # (P, 1)
-    highest = torch.where(active, rewards, -torch.inf).amax(dim=1, keepdim=True)  # (P, 1)
+    lowest, highest = reward_range(rewards, active)  # (P, 1)
     baseline = (weighted_sum / total_weight).clamp(min=lowest, max=highest)
     return torch.where(total_weight > 0, baseline, 0.0)
 
@@ -89,6 +88,15 @@ def opo_advantages(
 def takes_part(rewards: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:  # (P, K), (P, K) -> (P, K), bool
     """Whether a completion counts: it was scored, and it has a token to train on."""
     return ~torch.isnan(rewards) & (lengths > 0)
+
+
+def reward_range(
+    rewards: torch.Tensor, scored: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:  # (P, K), (P, K) -> (P, 1), (P, 1)
+    """Smallest and largest reward of each group's scored completions; infinite and minus infinite where none is."""
+    lowest = torch.where(scored, rewards, torch.inf).amin(dim=1, keepdim=True)
+    highest = torch.where(scored, rewards, -torch.inf).amax(dim=1, keepdim=True)
+    return lowest, highest
 
 
 def no_baseline(rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:  # (P, K), (P, K) -> (P, 1)

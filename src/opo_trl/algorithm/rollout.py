@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .baselines import takes_part
+from .baselines import reward_range, takes_part
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Rollout:
     @property
     def completion_weights(self) -> torch.Tensor:  # (P, K)
         """Weight of each completion: the sum over its tokens where these are weighed one by one."""
-        return self.weights.sum(dim=2) if self.weights.ndim == 3 else self.weights
+        return sum_over_tokens(self.weights)
 
     @property
     def completion_advantages(self) -> torch.Tensor:  # (P, K)
@@ -51,6 +51,11 @@ class Rollout:
         """Whether a completion has a non-zero advantage, and so moves the policy."""
         nonzero = self.advantages != 0
         return nonzero.any(dim=2) if nonzero.ndim == 3 else nonzero
+
+
+def sum_over_tokens(weights: torch.Tensor) -> torch.Tensor:  # (P, K) or (P, K, T) -> (P, K)
+    """Weight of each completion, from those of completions or of their tokens."""
+    return weights.sum(dim=2) if weights.ndim == 3 else weights
 
 
 def estimate_advantages(
@@ -81,19 +86,18 @@ def estimate_advantages(
     Raises:
         ValueError: If the baseline has another shape, or is not finite.
     """
-    per_completion = weights.sum(dim=2) if weights.ndim == 3 else weights
-    scored = takes_part(rewards, per_completion)  # (P, K)
+    scored = takes_part(rewards, sum_over_tokens(weights))  # (P, K)
+    lowest, highest = reward_range(rewards, scored)  # (P, 1)
     known = torch.where(scored, rewards, 0.0)
     used = torch.where(scored.unsqueeze(2) if weights.ndim == 3 else scored, weights, 0)
     subtracted = baseline(known, used)
     _check_baseline(subtracted, used)
+    equal = lowest == highest  # (P, 1)
     if subtracted.ndim == 3:
-        known, scored = known.unsqueeze(2), scored.unsqueeze(2)
+        known, scored, equal = known.unsqueeze(2), scored.unsqueeze(2), equal.unsqueeze(2)
     advantages = torch.where(scored, known - subtracted, 0.0)
-    lowest = torch.where(scored, known, torch.inf).amin(dim=1, keepdim=True)
-    highest = torch.where(scored, known, -torch.inf).amax(dim=1, keepdim=True)
     rounding = 8 * torch.finfo(advantages.dtype).eps * known.abs()
-    advantages = torch.where((lowest == highest) & (advantages.abs() <= rounding), 0.0, advantages)
+    advantages = torch.where(equal & (advantages.abs() <= rounding), 0.0, advantages)
     return Rollout(rewards, lengths, used, subtracted, advantages)
 
 

@@ -20,6 +20,9 @@ class NoSignalWarning(TrainerCallback):
     """
 
     def __init__(self) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
         self.warned = False
         self._periods = 0  # consecutive, the last one included
         self._ever_informative = False
@@ -28,7 +31,7 @@ class NoSignalWarning(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.__init__()  # type: ignore[misc]
+        self._reset()
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any

@@ -1,9 +1,11 @@
 """Reward and rollout functions whose failure on one rank is raised on all ranks. Nothing here is OPO's."""
 
+import asyncio
 import functools
 import inspect
 import traceback
 from collections.abc import Callable, Sequence
+from concurrent import futures
 from typing import Any
 
 import torch
@@ -11,10 +13,11 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
+from .ranks import any_rank
 from .reward_values import check_reward_values
 
 # An interrupt or a cancelled task is no failure of the function.
-_NOT_FAILURES = (KeyboardInterrupt, SystemExit, GeneratorExit)
+_NOT_FAILURES = (KeyboardInterrupt, SystemExit, GeneratorExit, asyncio.CancelledError, futures.CancelledError)
 
 
 class RewardError(RuntimeError):
@@ -99,8 +102,7 @@ class FunctionGuard:
             RewardError: On all ranks with the same message, which holds every rank's first failure and its traceback.
         """
         failures, self._failures = self._failures, []
-        any_failed = accelerator.reduce(torch.tensor(len(failures), device=accelerator.device), reduction="sum")
-        if not any_failed.item():
+        if not any_rank(accelerator, bool(failures)):
             return
         messages: list[str] = gather_object(
             [
@@ -112,7 +114,7 @@ class FunctionGuard:
         raise RewardError("\n\n".join(messages)) from (failures[0][1] if failures else None)
 
     def _keep(self, what: str, error: BaseException) -> None:
-        if isinstance(error, _NOT_FAILURES) or type(error).__name__ == "CancelledError":
+        if isinstance(error, _NOT_FAILURES):
             raise error
         self._failures.append((what, error))
 

@@ -45,17 +45,6 @@ class UpdatePlanner:
     skip_uninformative: bool = True
     pad_to_multiple_of: int | None = None
 
-    def obstacle(self, batch: Mapping[str, Any], *, compiled: bool, device_type: str, router_loss: bool) -> str | None:
-        """Return why this batch must be cut as TRL cuts it; `None` if it need not."""
-        if compiled:
-            return "a compiled model needs fixed shapes"
-        if device_type in ("xla", "neuron", "hpu"):
-            return f"the device {device_type!r} needs fixed shapes"
-        if router_loss:
-            return "the router's auxiliary loss is a mean per micro-batch"
-        unknown = sorted(batch.keys() - {*ROW_TENSORS, *SCALARS})
-        return f"the rollout batch holds {unknown}, which cannot be cut row by row" if unknown else None
-
     def plan_step(self, batch: Mapping[str, Any], accelerator: Accelerator) -> list[dict[str, Any]]:
         """
         Make this rank's micro-batches of the step. All ranks call it together.
@@ -130,15 +119,34 @@ class UpdatePlanner:
         )
 
 
+def regrouping_obstacle(batch: Mapping[str, Any], *, compiled: bool, device_type: str, router_loss: bool) -> str | None:
+    """Return why this rollout batch must be cut as TRL cuts it; `None` if it need not."""
+    if compiled:
+        return "a compiled model needs fixed shapes"
+    if device_type in ("xla", "neuron", "hpu"):
+        return f"the device {device_type!r} needs fixed shapes"
+    if router_loss:
+        return "the router's auxiliary loss is a mean per micro-batch"
+    unknown = sorted(batch.keys() - {*ROW_TENSORS, *SCALARS})
+    return f"the rollout batch holds {unknown}, which cannot be cut row by row" if unknown else None
+
+
 def loss_mask(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:  # (B, C)
     """1 for the tokens that the policy sampled and trains on: not padding, not tool output, not masked out."""
     mask = batch["completion_mask"]
     return mask * batch["tool_mask"] if "tool_mask" in batch else mask
 
 
-def count_tokens(micro_batches: Sequence[Mapping[str, torch.Tensor]]) -> tuple[int, int]:
-    """Return how many tokens are attended, and how many there are with padding; fillers are not counted."""
-    parts = [part for part in micro_batches if part["completion_mask"].any()]
-    attended = sum(int(part["prompt_mask"].sum() + part["completion_mask"].sum()) for part in parts)
-    padded = sum(part["prompt_mask"].numel() + part["completion_mask"].numel() for part in parts)
-    return attended, padded
+def count_tokens(micro_batches: Sequence[Mapping[str, torch.Tensor]]) -> torch.Tensor:  # (2,), int64
+    """
+    Count the tokens that are attended, and all of them with padding; fillers do not count.
+
+    The counts stay on the device: a number read here would wait for the device once per micro-batch.
+    """
+    counts = []
+    for part in micro_batches:
+        prompts, completions = part["prompt_mask"], part["completion_mask"]
+        attended = prompts.sum() + completions.sum()
+        padded = torch.full_like(attended, prompts.numel() + completions.numel())
+        counts.append(torch.stack([attended, padded]) * completions.any())
+    return torch.stack(counts).sum(dim=0)
