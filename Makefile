@@ -9,7 +9,7 @@
 #   make test-trl  on the newest TRL that is admitted, unless it is the tested one; TRL=1.17.0 names another
 #   make build     wheel and sdist, in dist/
 #   make test-build   install the wheel in a clean environment, and run README's Python there
-#   make benchmark the update and the reward against TRL's, about 27 minutes
+#   make benchmark the update and the reward against TRL's, about 34 minutes
 #   make experiments  gradient variance, and OPO against GRPO: about an hour on two cores
 #   make engines-table how far each engine ends from one process, 2 minutes
 #   make docs      the documentation as a site, in site/index.html
@@ -27,7 +27,7 @@ VLLM_VENV := .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.ready
 BUILD_VENV := .venv-build
 TRL ?= newest-trl
-UNIT := baselines metrics config microbatches step_statistics sampler requested_checkpoint evaluation architecture release \
+UNIT := baselines loss metrics config microbatches step_statistics sampler requested_checkpoint evaluation architecture release \
 	recipes code_blocks
 
 export HF_HUB_DISABLE_TELEMETRY := 1
@@ -126,6 +126,7 @@ engines-table: $(ENGINES_READY)
 benchmark: $(READY)
 	$(BIN)/python benchmarks/update_phase.py --json
 	$(BIN)/python benchmarks/rank_balance.py
+	$(BIN)/python benchmarks/planning.py
 	$(BIN)/python benchmarks/reward_throughput.py --json
 
 clean:

@@ -1,7 +1,7 @@
 """
 Time, memory and padded tokens of planning the micro-batches of an update, against the exact plan.
 
-    python benchmarks/planning.py                    # a table, and a file in benchmarks/results; about 10 minutes
+    python benchmarks/planning.py                    # a table, and a file in benchmarks/results; about 7 minutes
     python benchmarks/planning.py --exact-rows 1024  # the exact plan only up to so many rows: about a minute
     python benchmarks/planning.py --json             # the same, last line one JSON object
 

@@ -59,10 +59,6 @@ def test_the_updates_headlines():
     assert f"Gradients differ by at most {worst:.0e}".replace("e-0", "e-") in text
 
 
-PLANNING = ROOT / "benchmarks" / "results" / "planning.json"
-
-
-@pytest.mark.skipif(not PLANNING.exists(), reason="benchmarks/planning.py has not been run on a quiet machine yet")
 def test_the_planning():
     measured = results("planning")
     assert the_table(page("update"), "rows on a rank") == tables(planning_table(measured) + "\n")[0][1:]
