@@ -231,7 +231,7 @@ def check_continuous_batching(args: Any, model: Any) -> None:
     """
     Refuse continuous batching where it would round the policy's weights.
 
-    TRL 1.16 casts the trained model itself to `bf16` or `fp16` at every generation (no issue is filed). At a learning
+    TRL 1.16 casts the trained model itself to `bf16` or `fp16` at every generation (no issue is known). At a learning
     rate of 1e-6 an update is far below the resolution of bf16: the weights would not move at all.
 
     Args:

@@ -12,7 +12,7 @@ class EmptyCompletions:
     Puts a padding token into completions of zero tokens, and masks it afterwards: they have no trainable token.
 
     A rollout function or an engine may return such completions. TRL 1.16 reads the last token of every completion, and
-    raises an IndexError on the rank that has an empty one, while the other ranks wait (no issue is filed). Delete this
+    raises an IndexError on the rank that has an empty one, while the other ranks wait (no issue is known). Delete this
     when it does not.
 
     Args:

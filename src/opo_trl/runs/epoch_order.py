@@ -12,7 +12,8 @@ class EpochOrder(Sampler[int]):
 
     TRL 1.16 seeds its `RepeatSampler` once: the order of the second epoch is the generator's second draw. A run that is
     resumed in the second epoch starts with a fresh generator, and would see the first epoch's order again. Here epoch
-    `e` is drawn from `seed + e`, whoever asks; the first epoch's order is TRL's.
+    `e` is drawn from `seed + e`; the first epoch's order is TRL's. No issue is known; delete this when TRL seeds its
+    sampler in each epoch.
 
     Args:
         sampler (`RepeatSampler`):

@@ -11,7 +11,7 @@ def prepare_anew(trainer: Any) -> None:
 
     accelerate 1.15 takes a model that it prepared for evaluation for one that is ready to train. Under plain data
     parallelism no gradient would then be averaged: each rank would silently train a policy of its own. No issue is
-    filed; delete this when accelerate wraps such a model for training.
+    known; delete this when accelerate wraps such a model for training.
 
     Args:
         trainer ([`~transformers.Trainer`]):

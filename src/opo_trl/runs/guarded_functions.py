@@ -31,7 +31,7 @@ class FunctionGuard:
     TRL calls a reward function between two collectives. If it raises on one rank, the other ranks wait in the next
     collective until its timeout, half an hour with NCCL, and the message that matters is far up in another rank's log.
     So a guarded function returns placeholder rewards instead of raising, and [`raise_on_all_ranks`] follows at the next
-    point that all ranks reach.
+    point that all ranks reach. No issue is known; delete this when TRL raises the exception on all ranks.
     """
 
     def __init__(self) -> None:

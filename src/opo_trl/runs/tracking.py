@@ -17,6 +17,9 @@ class ResumedWandb(WandbCallback):
     """
     [`~transformers.integrations.WandbCallback`] that continues the run of the checkpoint that training resumes from.
 
+    transformers 5.23 starts another run unless `WANDB_RUN_ID` is set (transformers#25032, closed without a change).
+    Delete this when its callback keeps the run's name in the checkpoint.
+
     An active run or `WANDB_RUN_ID` takes precedence; `WANDB_RESUME=never` starts a new run.
 
     Args:

@@ -169,7 +169,7 @@ def _pass_sigterm_on() -> Iterator[None]:
     """
     Pass SIGTERM on to the script, which then saves at a step boundary.
 
-    `accelerate launch` does not with one process (1.15; no issue is filed): to be deleted when it does.
+    `accelerate launch` does not with one process (1.15; no issue is known): to be deleted when it does.
     """
     import psutil
 
