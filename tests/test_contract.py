@@ -27,7 +27,7 @@ from opo_trl import OPOTrainer
 from opo_trl.config import _CONTRACT
 from opo_trl.rewards import boxed_format_reward
 from opo_trl.runs.model_card import NO_BASE_MODEL, NO_REPOSITORY, VERSIONS
-from opo_trl.trainer import FORWARD_ARGUMENTS
+from opo_trl.update.rollout_batch import FORWARD_ARGUMENTS
 from tiny import GROUP_SIZE, scripted_trainer
 
 

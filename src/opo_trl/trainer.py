@@ -1,55 +1,37 @@
 """The OPO trainer. Each private name of TRL that it touches is pinned by `tests/test_contract.py`."""
 
-import logging
-import textwrap
+from functools import partial
 from typing import Any
 
 import torch
-from accelerate.utils import gather, gather_object, is_compiled_module
+from accelerate.logging import get_logger
+from accelerate.utils import is_compiled_module
 from torch import nn
 from transformers.trainer_utils import has_length
 from trl import GRPOTrainer
 
 from .algorithm.baselines import optimal_baseline, reward_range, takes_part, uncertainties
+from .algorithm.loss import loss_normalizer, policy_gradient_loss
 from .algorithm.metrics import rollout_metrics
-from .algorithm.rollout import Rollout, estimate_advantages, sum_over_tokens
+from .algorithm.paper import METHOD, PAPER
+from .algorithm.rollout import Rollout, combine_rewards, estimate_advantages, sum_over_tokens
 from .config import OPOConfig
 from .evaluation.pass_at_k import CorrectCompletions
 from .on_policy.determinism import disable_dropout
 from .on_policy.preflight import check_arguments, check_loaded_model, pass_at_k_reward
-from .on_policy.rollout_position import check_position
+from .on_policy.rollout_position import check_position, check_rollout_size
 from .on_policy.sampler_correction import correct_sampler
 from .on_policy.sampling_settings import check_generation_config
 from .rollouts.learning_signal import NoSignalWarning
 from .runs.reliable_runs import ReliableRuns
 from .runs.tracking import versions
-from .update.planner import ROW_TENSORS, UpdatePlanner, count_tokens, loss_mask, regrouping_obstacle
+from .update.extra_forward import score_rows
+from .update.planner import UpdatePlanner
+from .update.regrouping import agree_on_obstacle, regrouping_obstacle
+from .update.rollout_batch import FORWARD_ARGUMENTS, loss_mask, padding_fraction
 from .update.step_statistics import StepStatistics
 
-logger = logging.getLogger(__name__)
-
-# Section of the model card.
-METHOD = """\
-### Method
-
-OPO, On-Policy RL with Optimal reward baseline ([Hao et al. 2025](https://arxiv.org/abs/2505.23585)): every rollout
-batch gives exactly one optimizer step, and the advantage of a completion is its reward minus the weighted mean reward
-of its prompt's completions; the paper weighs by length. No clipping, no KL term, no entropy bonus.
-"""
-
-# What TRL's forward takes besides tokens, such as the `pixel_values` of an image batch. A test compares it with TRL's.
-FORWARD_ARGUMENTS = (
-    "pixel_values",
-    "image_grid_thw",
-    "num_images",
-    "pixel_attention_mask",
-    "spatial_shapes",
-    "num_tiles",
-    "image_sizes",
-    "token_type_ids",
-    "mm_token_type_ids",
-    "image_position_ids",
-)
+logger = get_logger(__name__)
 
 
 class OPOTrainer(ReliableRuns, GRPOTrainer):
@@ -67,7 +49,7 @@ class OPOTrainer(ReliableRuns, GRPOTrainer):
     3. What would make it off-policy by accident is refused before training starts: config fields that contradict OPO
        ([`OPOConfig`]), a plain `GRPOConfig`, and a sampler that is not the policy, down to what a model's own
        generation config sets. Dropout of every kind is switched off.
-    4. Runs resume bitwise, survive kills and failing rewards, and lose nothing on their way to the Hub
+    4. Runs resume bitwise, survive kills and failing rewards, and every checkpoint that should be pushed is
        ([`~opo_trl.runs.reliable_runs.ReliableRuns`]).
 
     Since `sum_i l_i A_i = 0` in every group, the logged loss is 0 by construction. Watch `reward`, `grad_norm`,
@@ -117,17 +99,7 @@ class OPOTrainer(ReliableRuns, GRPOTrainer):
 
     _tag_names = ["trl", "opo"]
     _name = "OPO"
-    _paper = {
-        "title": "On-Policy RL with Optimal Reward Baseline",
-        "id": "2505.23585",
-        "citation": textwrap.dedent("""\
-            @article{hao2025opo,
-                title        = {{On-Policy RL with Optimal Reward Baseline}},
-                author       = {Yaru Hao and Li Dong and Xun Wu and Shaohan Huang and Zewen Chi and Furu Wei},
-                year         = 2025,
-                eprint       = {arXiv:2505.23585},
-            }"""),
-    }
+    _paper = PAPER
 
     def __init__(
         self,
@@ -156,11 +128,16 @@ class OPOTrainer(ReliableRuns, GRPOTrainer):
         check_loaded_model(self.model, args, self.get_tp_size(), self.get_cp_size(), self.get_sp_size())
         disable_dropout(self.model)
         self._check_sampler()
-        # The parent would run an extra forward of all completions for the old policy to correct the sampler's mismatch.
-        # On-policy the old policy is the one that the loss runs, so the correction is made there, and the parent's is
-        # off.
+        # To correct the sampler's mismatch, the parent would run an extra forward of all completions for the old
+        # policy. On-policy the old policy is the one that the loss runs: the loss corrects, and the parent does not.
+        self._correct_sampler = partial(
+            correct_sampler,
+            low=self.vllm_importance_sampling_clip_min,
+            high=self.vllm_importance_sampling_clip_max,
+            mask_outside=self.vllm_importance_sampling_mode == "token_mask",
+        )
         self._corrects_sampler = (
-            self.args.rollout_importance_sampling_correction
+            args.rollout_importance_sampling_correction
             if self.rollout_func is not None
             else self.use_vllm and self.vllm_importance_sampling_correction
         )
@@ -173,9 +150,9 @@ class OPOTrainer(ReliableRuns, GRPOTrainer):
             pad_to_multiple_of=self.pad_to_multiple_of,
         )
         self._statistics = StepStatistics()
-        self._reported: set[str] = set()  # why the parent's micro-batches were kept
+        self._reported: set[str] = set()  # why TRL's micro-batches were kept
         self._correct = CorrectCompletions(pass_at_k_reward(args.pass_at_k_reward, reward_funcs))
-        # TRL calls the overrides below from within one method of its own, which hands nothing from one to the next.
+        # TRL calls the overrides below from one method of its own, which passes no values between them.
         self._rewards_per_func: torch.Tensor | None = None  # from scoring to the advantages
         self._rollout_batch: dict[str, Any] | None = None  # from the advantages to the micro-batches
 
@@ -246,24 +223,18 @@ class OPOTrainer(ReliableRuns, GRPOTrainer):
         return rewards_per_func
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        mode = "train" if self.model.training else "eval"
-        if mode == "train":
-            self._check_rollout_size(len(inputs))
-        output: dict[str, Any] = super()._generate_and_score_completions(inputs)
-        group_size = self.num_generations if mode == "train" else self.num_generations_eval
-        rollout = self._estimate_advantages(output, group_size)
-        first = self.accelerator.process_index * len(inputs)
-        advantages = rollout.advantages.flatten(0, 1)[first : first + len(inputs)]  # (N,) or (N, T), of this rank
-        output["advantages"] = advantages[:, : output["completion_ids"].size(1)] if advantages.ndim == 2 else advantages
-
-        # One normaliser for the rollout batch, so that the gradient does not depend on how rows are grouped into
-        # micro-batches. Data parallelism averages gradients over ranks, hence each rank's share of the total.
-        if self.loss_type == "dapo":
-            output["loss_normalizer"] = rollout.lengths.sum().clamp(min=1) / self.accelerator.num_processes
+        mode, group_size = "train", self.num_generations
+        if self.model.training:
+            expected = self.args.per_device_train_batch_size * self.args.steps_per_generation
+            check_rollout_size(self.accelerator, len(inputs), expected)
         else:
-            constant = len(inputs) * self.max_completion_length
-            output["loss_normalizer"] = torch.tensor(constant, device=rollout.lengths.device)
-
+            mode, group_size = "eval", self.num_generations_eval
+        output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        rollout = self._estimate_advantages(output, group_size)
+        output["advantages"] = rollout.advantages_of(self._rows_of_rank(output), output["completion_ids"].size(1))
+        output["loss_normalizer"] = loss_normalizer(
+            self.loss_type, rollout.lengths, self.max_completion_length, self.accelerator.num_processes
+        )
         for name, value in rollout_metrics(rollout).items():
             self._metrics[mode][name].append(value)
         logged, shown = self._logs["advantages"], rollout.completion_advantages.flatten().tolist()
@@ -273,13 +244,16 @@ class OPOTrainer(ReliableRuns, GRPOTrainer):
         self._rollout_batch = output
         return output
 
+    def _rows_of_rank(self, batch: dict[str, Any]) -> slice:
+        """Positions of this rank's completions among those of all ranks: a group may be split across ranks."""
+        rows = len(batch["completion_ids"])
+        return slice(self.accelerator.process_index * rows, (self.accelerator.process_index + 1) * rows)
+
     def _estimate_advantages(self, batch: dict[str, Any], group_size: int) -> Rollout:
-        """Subtract the baseline, over the rewards and lengths of all ranks: a group may be split across them."""
         assert self._rewards_per_func is not None
-        rewards_per_func, self._rewards_per_func = self._rewards_per_func, None
-        weighted = rewards_per_func * self.reward_weights.to(rewards_per_func.device)  # (N, F), NaN for None
-        rewards = torch.where(torch.isnan(weighted).all(dim=1), torch.nan, weighted.nansum(dim=1)).view(-1, group_size)
-        lengths = gather(loss_mask(batch).sum(dim=1)).view_as(rewards)  # (P, K)
+        rewards = combine_rewards(self._rewards_per_func, self.reward_weights, group_size)  # (P, K)
+        self._rewards_per_func = None
+        lengths = self.accelerator.gather(loss_mask(batch).sum(dim=1)).view_as(rewards)  # (P, K)
         return estimate_advantages(rewards, lengths, self._weights(batch, rewards, lengths), self.baseline)
 
     def _weights(
@@ -290,46 +264,22 @@ class OPOTrainer(ReliableRuns, GRPOTrainer):
             return lengths
         lowest, highest = reward_range(rewards, takes_part(rewards, lengths))  # (P, 1)
         differ = (lowest < highest).expand_as(rewards)  # (P, K)
-        ones = loss_mask(batch).float()  # (N, C), of this rank
-        first = self.accelerator.process_index * len(ones)
-        chosen = differ.flatten()[first : first + len(ones)]  # (N,)
-        weights = ones if self.args.baseline_weight == "length" else self._uncertainties(batch, chosen)
-        weights = torch.where(chosen.unsqueeze(1), weights, ones)
+        weights = mask = loss_mask(batch).float()  # (N, C), of this rank
+        if self.args.baseline_weight == "uncertainty":
+            chosen = differ.flatten()[self._rows_of_rank(batch)]  # (N,)
+            weights = torch.where(chosen.unsqueeze(1), uncertainties(self._logps(batch, chosen), mask), mask)
         if not self.weigh_tokens:
-            return torch.where(differ, gather(weights.sum(dim=1)).view_as(rewards), lengths)
-        weights = gather(self.accelerator.pad_across_processes(weights, dim=1))
+            return torch.where(differ, self.accelerator.gather(weights.sum(dim=1)).view_as(rewards), lengths)
+        weights = self.accelerator.gather(self.accelerator.pad_across_processes(weights, dim=1))
         return weights.view(*rewards.shape, -1)
 
-    def _uncertainties(self, batch: dict[str, Any], chosen: torch.Tensor) -> torch.Tensor:  # (N,) -> (N, C)
-        """Each token's uncertainty, for the chosen rows of this rank at least."""
+    def _logps(self, batch: dict[str, Any], chosen: torch.Tensor) -> torch.Tensor:  # (N,) -> (N, C)
+        """Log-probabilities of the chosen rows of this rank: the sampler's own if the loss corrects them."""
         if self._corrects_sampler and "sampling_per_token_logps" in batch:
-            return uncertainties(batch["sampling_per_token_logps"].nan_to_num(0.0), loss_mask(batch))
-        # Every rank runs the same number of forwards, whatever its rows are: under ZeRO-3 and FSDP they would deadlock.
+            return batch["sampling_per_token_logps"].nan_to_num(0.0)
         planner = self._planner if self.model.training else UpdatePlanner(micro_batches=1)
-        rows = {name: batch[name] for name in ROW_TENSORS if name in batch}
-        found = torch.zeros(loss_mask(batch).shape, device=chosen.device)  # (N, C)
-        rows["position"] = torch.arange(len(found), device=found.device)
-        parts: list[dict[str, Any]] = [{**batch, **rows}]
-        chunk: int | None = len(found) // planner.micro_batches
-        if self._obstacle(batch) is None:
-            chunk, parts = None, planner.cut(rows, chosen.nonzero().flatten().cpu(), len(found))
-        with torch.no_grad():
-            for part in parts:
-                logps, _, _ = self._token_scores(self.model, part, batch_size=chunk)
-                # Added, not set: a filler stands for a row that has its own place.
-                found[:, : logps.size(1)].index_add_(0, part["position"], uncertainties(logps, loss_mask(part)))
-        return found
-
-    def _check_rollout_size(self, rows: int) -> None:
-        """Raise on all ranks unless every rank has the rows of a rollout batch that the configuration says."""
-        expected = self.args.per_device_train_batch_size * self.args.steps_per_generation
-        received = gather(torch.tensor([rows], device=self.accelerator.device)).tolist()
-        if any(size != expected for size in received):
-            raise ValueError(
-                "Each rank must get per_device_train_batch_size * gradient_accumulation_steps = "
-                f"{expected} prompts for a rollout batch, got {received} on the {len(received)} rank(s). Remove what "
-                "changes the data loader's batch size, such as a custom sampler, data loader or accelerator_config."
-            )
+        score = lambda part, batch_size: self._token_scores(self.model, part, batch_size=batch_size)[0]  # noqa: E731
+        return score_rows(batch, chosen, planner, score, regroup=self._obstacle(batch) is None)
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         if self.model.training:
@@ -339,16 +289,15 @@ class OPOTrainer(ReliableRuns, GRPOTrainer):
         batch, self._rollout_batch = self._rollout_batch, None
         if not self.model.training or batch is None:
             return inputs  # evaluation, or a later micro-batch of the step
-        # Ranks must agree: one may hold an image batch, or tool output, where another holds plain text.
-        ranks = gather_object([(self._obstacle(batch), sorted(batch))])
-        reasons = [reason for reason, _ in ranks if reason is not None]
-        if not reasons and any(layout != ranks[0][1] for _, layout in ranks):
-            reasons.append("the ranks' rollout batches hold different columns")
-        if reasons:
-            self._report_once(reasons[0])
-        else:
+        obstacle = agree_on_obstacle(self.accelerator, self._obstacle(batch), batch)
+        if obstacle is None:
             self._buffered_inputs = self._planner.plan_step(batch, self.accelerator)
-        self._log_padding(self._buffered_inputs)
+        elif obstacle not in self._reported:
+            self._reported.add(obstacle)
+            logger.warning(
+                "The update keeps TRL's micro-batches, which is slower and has the same gradient: %s.", obstacle
+            )
+        self._metrics["train"]["opo/padding_fraction"].append(padding_fraction(self._buffered_inputs, self.accelerator))
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
     def _obstacle(self, batch: dict[str, Any]) -> str | None:
@@ -358,18 +307,6 @@ class OPOTrainer(ReliableRuns, GRPOTrainer):
             device_type=self.accelerator.device.type,
             router_loss=self.aux_loss_enabled,
         )
-
-    def _report_once(self, reason: str) -> None:
-        if reason not in self._reported and self.accelerator.is_main_process:
-            logger.warning(
-                "The update keeps TRL's micro-batches, which is slower and has the same gradient: %s.", reason
-            )
-        self._reported.add(reason)
-
-    def _log_padding(self, micro_batches: list[dict[str, Any]]) -> None:
-        """Log the share of padding among the tokens of the step's micro-batches, over all ranks and without fillers."""
-        attended, padded = self.accelerator.reduce(count_tokens(micro_batches), reduction="sum").tolist()
-        self._metrics["train"]["opo/padding_fraction"].append(1 - attended / padded if padded else float("nan"))
 
     def _token_scores(self, model: nn.Module, inputs: dict[str, Any], **options: Any) -> tuple[Any, Any, Any]:
         """Run a micro-batch: log-probabilities (B, C), and entropies (B, C) and the router's loss where asked for."""
@@ -383,21 +320,18 @@ class OPOTrainer(ReliableRuns, GRPOTrainer):
         )
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        mode = "train" if self.model.training else "eval"
         mask = loss_mask(inputs)  # (B, C)
         logps, entropies, aux_loss = self._token_scores(
             model, inputs, compute_entropy=True, compute_aux_loss=self.aux_loss_enabled
         )  # (B, C), (B, C), scalar
-
-        # REINFORCE, A * log pi, in the form whose value is A: exp(x - x.detach()) is 1 and its gradient is that of x.
-        # So the logged loss is the sum of l_i A_i, 0 by construction, and any other value reveals a mistake.
-        advantages = inputs["advantages"]  # (B,) or (B, C)
-        advantages = advantages.unsqueeze(1) if advantages.ndim == 1 else advantages
-        per_token_objective = advantages * torch.exp(logps - logps.detach())  # (B, C)
+        token_weights = None
         if self._corrects_sampler and "sampling_per_token_logps" in inputs:
-            per_token_objective = per_token_objective * self._sampler_weights(logps.detach(), inputs, mask)
-        loss = -(per_token_objective * mask).sum() / inputs["loss_normalizer"]
-
-        mode = "train" if self.model.training else "eval"
+            correction = self._correct_sampler(logps.detach(), inputs["sampling_per_token_logps"], mask)
+            token_weights = correction.weights
+            for reduction, name, values, counted in correction.metrics(mask):
+                self._statistics.add(reduction, name, values, counted)
+        loss = policy_gradient_loss(logps, inputs["advantages"], mask, inputs["loss_normalizer"], token_weights)
         if self.aux_loss_enabled:  # a router's load balancing is a mean per micro-batch, as in the parent
             micro_batches = self.current_gradient_accumulation_steps if mode == "train" else 1
             loss = loss + self.router_aux_loss_coef * aux_loss / micro_batches
@@ -407,19 +341,3 @@ class OPOTrainer(ReliableRuns, GRPOTrainer):
             for name, value in self._statistics.reduce(self.accelerator.gather).items():
                 self._metrics[mode][name].append(value)
         return loss
-
-    def _sampler_weights(
-        self, logps: torch.Tensor, inputs: dict[str, Any], mask: torch.Tensor
-    ) -> torch.Tensor:  # (B, C) -> (B, C)
-        """Weigh each token by the bounded ratio of policy to sampler, and log how far the two are apart."""
-        correction = correct_sampler(
-            logps,
-            inputs["sampling_per_token_logps"],
-            mask,
-            low=self.vllm_importance_sampling_clip_min,
-            high=self.vllm_importance_sampling_clip_max,
-            mask_outside=self.vllm_importance_sampling_mode == "token_mask",
-        )
-        for reduction, name, values, counted in correction.metrics(mask):
-            self._statistics.add(reduction, name, values, counted)
-        return correction.weights

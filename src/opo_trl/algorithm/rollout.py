@@ -46,11 +46,25 @@ class Rollout:
         tokens = torch.arange(self.advantages.size(2), device=self.lengths.device) < self.lengths.unsqueeze(2)
         return (self.advantages * tokens).sum(dim=2) / self.lengths.clamp(min=1)
 
+    def advantages_of(self, rows: slice, width: int) -> torch.Tensor:  # (N,) or (N, width)
+        """Advantages of some of the P * K completions, at most `width` tokens of each where tokens have their own."""
+        advantages = self.advantages.flatten(0, 1)[rows]
+        return advantages[:, :width] if advantages.ndim == 2 else advantages
+
     @property
     def informative(self) -> torch.Tensor:  # (P, K), bool
         """Whether a completion has a non-zero advantage, and so moves the policy."""
         nonzero = self.advantages != 0
         return nonzero.any(dim=2) if nonzero.ndim == 3 else nonzero
+
+
+def combine_rewards(
+    rewards_per_func: torch.Tensor, func_weights: torch.Tensor, group_size: int
+) -> torch.Tensor:  # (N, F), (F,) -> (P, K)
+    """Weighted sum over the reward functions, NaN where none of them returned a number."""
+    weighted = rewards_per_func * func_weights.to(rewards_per_func.device)  # (N, F), NaN for None
+    unscorable = torch.isnan(weighted).all(dim=1)  # (N,)
+    return torch.where(unscorable, torch.nan, weighted.nansum(dim=1)).view(-1, group_size)
 
 
 def sum_over_tokens(weights: torch.Tensor) -> torch.Tensor:  # (P, K) or (P, K, T) -> (P, K)

@@ -1,7 +1,31 @@
-"""That the optimizer steps once per rollout batch, after its last micro-batch, on all ranks."""
+"""That a rollout batch is complete, and the optimizer steps once, after its last micro-batch, on all ranks."""
 
 import torch
 from accelerate import Accelerator
+
+
+def check_rollout_size(accelerator: Accelerator, rows: int, expected: int) -> None:
+    """
+    Raise on all ranks unless every rank has the rows of a rollout batch that the configuration says.
+
+    Args:
+        accelerator ([`~accelerate.Accelerator`]):
+            Its processes agree.
+        rows (`int`):
+            Prompts that this rank got, each repeated for its completions.
+        expected (`int`):
+            `per_device_train_batch_size * gradient_accumulation_steps`.
+
+    Raises:
+        ValueError: With the numbers of all ranks.
+    """
+    received = accelerator.gather(torch.tensor([rows], device=accelerator.device)).tolist()
+    if any(size != expected for size in received):
+        raise ValueError(
+            "Each rank must get per_device_train_batch_size * gradient_accumulation_steps = "
+            f"{expected} prompts for a rollout batch, got {received} on the {len(received)} rank(s). Remove what "
+            "changes the data loader's batch size, such as a custom sampler, data loader or accelerator_config."
+        )
 
 
 def check_position(accelerator: Accelerator, trained: int, per_step: int, next_is: str = "micro-batch") -> None:

@@ -1,6 +1,6 @@
 """From a rollout batch to the micro-batches of its optimizer step."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,18 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from .microbatches import MEMORY_SHARE, MicroBatch, assign_rows, cut_rows, plan_microbatches
-
-# What a rollout batch of text consists of: one row per completion, or one number for the batch.
-ROW_TENSORS = (
-    "prompt_ids",
-    "prompt_mask",
-    "completion_ids",
-    "completion_mask",
-    "advantages",
-    "tool_mask",
-    "sampling_per_token_logps",
-)
-SCALARS = ("num_items_in_batch", "loss_normalizer")
+from .rollout_batch import ROW_TENSORS, SCALARS, loss_mask
 
 
 @dataclass(frozen=True)
@@ -117,36 +106,3 @@ class UpdatePlanner:
             largest=int(MEMORY_SHARE * (sampled // self.micro_batches) * width),
             pad_to_multiple_of=self.pad_to_multiple_of,
         )
-
-
-def regrouping_obstacle(batch: Mapping[str, Any], *, compiled: bool, device_type: str, router_loss: bool) -> str | None:
-    """Return why this rollout batch must be cut as TRL cuts it; `None` if it need not."""
-    if compiled:
-        return "a compiled model needs fixed shapes"
-    if device_type in ("xla", "neuron", "hpu"):
-        return f"the device {device_type!r} needs fixed shapes"
-    if router_loss:
-        return "the router's auxiliary loss is a mean per micro-batch"
-    unknown = sorted(batch.keys() - {*ROW_TENSORS, *SCALARS})
-    return f"the rollout batch holds {unknown}, which cannot be cut row by row" if unknown else None
-
-
-def loss_mask(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:  # (B, C)
-    """1 for the tokens that the policy sampled and trains on: not padding, not tool output, not masked out."""
-    mask = batch["completion_mask"]
-    return mask * batch["tool_mask"] if "tool_mask" in batch else mask
-
-
-def count_tokens(micro_batches: Sequence[Mapping[str, torch.Tensor]]) -> torch.Tensor:  # (2,), int64
-    """
-    Count the tokens that are attended, and all of them with padding; fillers do not count.
-
-    The counts stay on the device: a number read here would wait for the device once per micro-batch.
-    """
-    counts = []
-    for part in micro_batches:
-        prompts, completions = part["prompt_mask"], part["completion_mask"]
-        attended = prompts.sum() + completions.sum()
-        padded = torch.full_like(attended, prompts.numel() + completions.numel())
-        counts.append(torch.stack([attended, padded]) * completions.any())
-    return torch.stack(counts).sum(dim=0)
