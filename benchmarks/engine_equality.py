@@ -1,11 +1,12 @@
 """
-How far N optimizer steps under each engine end from those of one process, as the table of docs/engines.md.
+Difference between N optimizer steps under each engine and the same steps in one process: the table of docs/engines.md.
 
     make engines-table        # about 3 minutes on two cores; sets up DeepSpeed
 
-Two CPU processes under plain data parallel, FSDP2, ZeRO-2 and ZeRO-3 train the same scripted rollouts as one process:
-groups that straddle the ranks, rows that learn spread unevenly over them. Each cell is the norm of the difference
-between the trained weights over the norm of the one process's update. Writes results/engine_equality.json.
+Two CPU processes under plain data parallel, FSDP2, ZeRO-2 and ZeRO-3 train on the same scripted rollouts as one
+process. Groups are split across ranks, and the rows with a non-zero advantage are distributed unevenly over the ranks.
+Each cell is the norm of the difference between the trained weights, divided by the norm of the update of one process.
+Writes results/engine_equality.json.
 """
 
 import json
@@ -33,11 +34,11 @@ RESULT = RESULTS / "engine_equality.json"
 
 
 def measure(engine: str, references: dict[str, Outcome], directory: Path) -> dict[str, float | str]:
-    """Run all cases under one engine; every cell of its row."""
+    """Run all cases under one engine; returns the cells of its row."""
     outcomes = two_processes(engine, [*EVERY_ENGINE, "generating"], directory)
     ran = {outcome.engine for outcome in outcomes.values()}
     if ran != {ENGINES[engine]}:
-        raise RuntimeError(f"{engine} was to run {ENGINES[engine]}, but accelerate ran {ran}.")
+        raise RuntimeError(f"{engine} must run {ENGINES[engine]}, but accelerate ran {ran}.")
     row: dict[str, float | str] = {
         "samples, trains, evaluates": "yes" if len(outcomes["generating"].logs) == 2 else "no"
     }
@@ -47,7 +48,7 @@ def measure(engine: str, references: dict[str, Outcome], directory: Path) -> dic
 
 
 def markdown(rows: dict[str, dict[str, float | str]]) -> str:
-    """The table, a row an engine."""
+    """The table, one row per engine."""
     columns = list(next(iter(rows.values())))
     lines = [f"| engine | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for engine, row in rows.items():

@@ -1,28 +1,28 @@
 """
-How much gradient variance a baseline saves, and what bias it costs, on a policy's own samples.
+Gradient variance and bias of every baseline, measured on a policy's own samples.
 
     python benchmarks/gradient_variance.py           # the tiny policy at three stages; 9 minutes of CPU time
     python benchmarks/gradient_variance.py --models NAME_OR_DIR --dataset openai/gsm8k:train:main --output FILE.json
 
-For each of `--prompts` problems, `--samples` completions are drawn, judged, and the gradient g_i of each one's
-log-probability (summed over its tokens) is taken. All that follows is exact algebra on the inner products g_i . g_j:
-the estimator from K completions, `(1/K) sum_i (r_i - b) g_i`, is formed for many random groups of K disjoint
+For each of `--prompts` problems, `--samples` completions are sampled and scored, and the gradient g_i of the
+log-probability of each (summed over its tokens) is computed. The rest is exact algebra on the inner products g_i . g_j:
+the estimator from K completions, `(1/K) sum_i (r_i - b) g_i`, is computed for many random disjoint groups of K
 completions, with every baseline on the same groups.
 
-- **Variance** is the trace of the estimator's covariance given the prompt: the unbiased one over disjoint groups,
-  averaged over partitions and prompts. What varies between prompts is left out: no baseline changes it.
-- **Scale and cosine** compare the estimator's mean with the gradient, estimated without bias from half of all samples
-  with the leave-one-out mean. Both are products of one half of the samples with the other, so that noise does not count
-  as signal.
-- **Variance at equal scale** divides the variance by the scale squared: a baseline that contains the sample itself
-  shrinks the gradient, and with it the variance, which a larger learning rate undoes.
-- Intervals are 95 % percentile bootstraps over prompts, of ratios too.
+- **Variance** is the trace of the covariance of the estimator given the prompt: the unbiased one over disjoint groups,
+  averaged over partitions and prompts. The variance between prompts is not included: no baseline changes it.
+- **Scale and cosine** compare the mean of the estimator with the gradient, which is estimated without bias from half of
+  all samples with the leave-one-out mean. Both are products of one half of the samples with the other half, so that
+  noise does not count as signal.
+- **Variance at equal scale** divides the variance by the squared scale: a baseline that contains the sample itself
+  shrinks the gradient, and with it the variance; a larger learning rate compensates for that.
+- Intervals are 95 % percentile bootstraps over prompts, also for ratios.
 
-Weights of the baseline, besides powers of the length: "logit norm" is sum_t (1 - 2 pi(y_t) + sum_v pi(v)^2), the
+Weights of the baseline, in addition to powers of the length: "logit norm" is sum_t (1 - 2 pi(y_t) + sum_v pi(v)^2), the
 squared norm of the score with respect to the logits (arXiv 2602.07078). "uncertainty" is sum_t (1 - pi(y_t))^2, between
-half and all of that, and "1 - pi" is sum_t (1 - pi(y_t)), which has the same mean over y_t: both need no more than the
-tokens' own probabilities. "exact" is the true |g_i|^2 (Eq. 9) of the K completions themselves. "optimum" is the best
-constant for the prompt, from all its samples.
+one half of that and all of it. "1 - pi" is sum_t (1 - pi(y_t)), which has the same mean over y_t. The last two need
+only the probabilities of the sampled tokens. "exact" is the true |g_i|^2 (Eq. 9) of the K completions themselves.
+"optimum" is the best constant for the prompt, computed from all its samples.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # policies run in parallel, a core each
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # policies are measured in parallel, one per core
 
 ROOT = Path(__file__).resolve().parents[1]
 import numpy as np
@@ -64,14 +64,14 @@ from opo_trl.scripts.problems import fit_to_tokenizer, load_problems, parse_data
 from variance_report import page_tables, plot
 
 GROUP_SIZES = (2, 4, 8, 16)
-PARTITIONS = 64  # random partitions into groups of K; each gives an unbiased variance, their mean scatters less
-LARGEST_GRADIENT = 2**20  # numbers kept of each gradient; a longer one is hashed into so many (count sketch)
+PARTITIONS = 64  # random partitions into groups of K; each gives an unbiased variance, their mean varies less
+LARGEST_GRADIENT = 2**20  # numbers kept of each gradient; a longer one is hashed to this size (count sketch)
 TINY_POLICY = Path(model_path(EMBEDDED_MODEL))
-STAGES = {"fresh": 0, "half-trained": 150, "trained": 300}  # optimizer steps of the quickstart's kind
+STAGES = {"fresh": 0, "half-trained": 150, "trained": 300}  # optimizer steps, as in the quickstart
 
 
 class Completions(NamedTuple):
-    """What baselines are made of: of all completions of a prompt (M,), or of groups of them (G, K)."""
+    """The inputs of the baselines: for all completions of a prompt, (M,), or for groups of them, (G, K)."""
 
     rewards: torch.Tensor
     lengths: torch.Tensor  # tokens
@@ -85,13 +85,13 @@ class Completions(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """Completions of one prompt, M of them, and the inner products of their gradients."""
+    """The M completions of one prompt, and the inner products of their gradients."""
 
     completions: Completions
     inner_products: torch.Tensor  # (M, M)
 
 
-# From the completions of groups and the best constant for the prompt: (G, K) or (G, 1).
+# Called with the completions of groups and the best constant for the prompt; returns (G, K) or (G, 1).
 BASELINES: dict[str, Callable[[Completions, float], torch.Tensor]] = {
     "none": lambda group, best: no_baseline(group.rewards, group.lengths).expand_as(group.rewards),
     "group mean": lambda group, best: group_mean(group.rewards, group.lengths),
@@ -112,8 +112,8 @@ def take_gradients(model: Any, prompt: list[int], completions: list[list[int]], 
     """Gradient of each completion's summed log-probability with respect to all trainable parameters."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     size = sum(p.numel() for p in parameters)
-    # Count sketch (Charikar et al. 2002): each entry goes, with a random sign, to a random place. Inner products stay
-    # unbiased, with an error of about |a||b| / sqrt(LARGEST_GRADIENT), a thousandth.
+    # Count sketch (Charikar et al. 2002): each entry is added, with a random sign, at a random position. Inner products
+    # stay unbiased, with an error of about |a||b| / sqrt(LARGEST_GRADIENT), a thousandth.
     places, signs = None, None
     if size > LARGEST_GRADIENT:
         hashes = torch.Generator().manual_seed(0)
@@ -142,7 +142,7 @@ def take_gradients(model: Any, prompt: list[int], completions: list[list[int]], 
 
 def group_statistics(prompt: Prompt, group_size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
     """
-    Variance of every baseline's estimator on one prompt, and its products with the gradient.
+    Variance of the estimator with every baseline on one prompt, and its products with the gradient.
 
     Returns:
         `dict[str, torch.Tensor]`: baseline -> (4,): trace of the covariance; the product of the estimator's mean in one
@@ -156,7 +156,7 @@ def group_statistics(prompt: Prompt, group_size: int, generator: torch.Generator
         groups = torch.randperm(count, generator=generator)[: count // group_size * group_size].view(-1, group_size)
         half = len(groups) // 2
         halves = (groups[:half].flatten(), groups[half : 2 * half].flatten())
-        # Estimates, means of estimates and the gradient, all as weights of the completions' gradients.
+        # Estimates, means of estimates and the gradient, all as weights on the gradients of the completions.
         group = facts.take(groups)
         weights = torch.stack([group.rewards - baseline(group, best) for baseline in BASELINES.values()]) / group_size
         overall = torch.zeros(len(BASELINES), count, dtype=torch.float64)
@@ -197,7 +197,7 @@ def estimate(function: Callable[[torch.Tensor], torch.Tensor], values: torch.Ten
 
 
 def summarize_group_size(per_prompt: list[dict[str, torch.Tensor]]) -> dict[str, dict[str, Any]]:
-    """Every baseline's variance over that of others, its scale and its cosine."""
+    """For every baseline: its variance relative to that of other baselines, its scale and its cosine."""
     names = list(BASELINES)
     values = torch.stack([torch.stack([found[name] for name in names]) for found in per_prompt])  # (prompts, B, 4)
 
@@ -231,7 +231,7 @@ def summarize_group_size(per_prompt: list[dict[str, torch.Tensor]]) -> dict[str,
 
 
 def describe_norms(prompts: list[Prompt]) -> dict[str, Any]:
-    """How the squared gradient norm goes with each weight: correlation and log-log slope."""
+    """Relation of the squared gradient norm to each weight: correlation and log-log slope."""
 
     def moments(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return torch.stack([x, y, x * x, y * y, x * y]).mean(dim=1)
@@ -258,7 +258,7 @@ def describe_norms(prompts: list[Prompt]) -> dict[str, Any]:
 
 
 def measure(policy: str, path: str, args: argparse.Namespace) -> tuple[dict[str, Any], Completions]:
-    """Everything of one policy, and its completions in one row."""
+    """All measurements of one policy, and its completions, concatenated over prompts."""
     start = time.perf_counter()
     logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
@@ -271,7 +271,7 @@ def measure(policy: str, path: str, args: argparse.Namespace) -> tuple[dict[str,
         model, tokenizer, problems, num_samples=args.samples, max_new_tokens=args.max_new_tokens, seed=args.seed,
         batch_size=args.batch_size,
     )  # fmt: skip
-    print(f"{policy}: {len(records)} completions sampled and judged, {time.perf_counter() - start:.0f} s", flush=True)
+    print(f"{policy}: {len(records)} completions sampled and scored, {time.perf_counter() - start:.0f} s", flush=True)
     prompts: list[Prompt] = []
     for i, row in enumerate(problems):
         own = records[i * args.samples : (i + 1) * args.samples]
@@ -305,7 +305,7 @@ def measure(policy: str, path: str, args: argparse.Namespace) -> tuple[dict[str,
 
 
 def tiny_stages(directory: Path) -> dict[str, Path]:
-    """The tiny policy before, half-way through and after training with OPO, as `make train` does."""
+    """The tiny policy before, halfway through and after training with OPO, as in `make train`."""
     problems = load_problems("arithmetic", "train", num_arithmetic=8_000)
     last = max(STAGES.values())
     config = OPOConfig(
@@ -322,7 +322,7 @@ def tiny_stages(directory: Path) -> dict[str, Path]:
 
 
 def compared(report: dict[str, Any], committed: dict[str, Any]) -> tuple[int, list[str]]:
-    """How many estimates two reports share, and those whose intervals do not overlap."""
+    """Number of estimates that are in both reports, and the paths of those whose intervals do not overlap."""
     count, apart = 0, []
 
     def walk(one: Any, other: Any, path: str) -> None:
@@ -356,7 +356,7 @@ def main() -> None:
     logging.disable_progress_bar()
 
     source = provenance()
-    # A GPU is one policy's at a time; on a CPU, which small models do not fill, each core takes a policy.
+    # On a GPU, one policy at a time; on a CPU, which a small model does not fully use, one policy per core.
     processes = 1 if torch.cuda.is_available() else min(os.cpu_count() or 1, 4)
     with tempfile.TemporaryDirectory() as directory, ProcessPoolExecutor(processes, get_context("spawn")) as pool:
         paths = {one: one for one in args.models} if args.models else tiny_stages(Path(directory))

@@ -1,4 +1,4 @@
-"""What benchmarks share: where a number comes from, and a policy's samples with what is measured of them."""
+"""Shared by the benchmarks: provenance of results, Markdown tables, and sampling and scoring of completions."""
 
 import os
 import platform
@@ -21,7 +21,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def provenance(*packages: str) -> dict[str, Any]:
-    """Command, commit, hardware and versions of what was measured, for the head of a result file."""
+    """Command, commit, hardware and versions, for the head of a result file."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=RESULTS, capture_output=True, text=True, check=False)
     changed = subprocess.run(
         ["git", "status", "--porcelain", "--untracked-files=no", "--", "../../src", "../../examples", ".."],
@@ -36,7 +36,7 @@ def provenance(*packages: str) -> dict[str, Any]:
 
 
 def hardware() -> str:
-    """Name of the GPU, or of the processor with the number of its threads."""
+    """Name of the GPU, or name of the processor and its number of threads."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name(0)
     info = Path("/proc/cpuinfo")
@@ -46,7 +46,7 @@ def hardware() -> str:
 
 
 def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table as the pages of docs have it."""
+    """A Markdown table, as on the pages of docs."""
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -63,7 +63,7 @@ def sample_records(
     batch_size: int = 256,
 ) -> list[Record]:
     """
-    Sample and judge completions of a policy, at temperature 1.
+    Sample completions of a policy at temperature 1 and score them.
 
     Args:
         model, tokenizer:
@@ -77,7 +77,7 @@ def sample_records(
         seed (`int`):
             Seed of the sampling.
         base ([`~transformers.PreTrainedModel`], *optional*):
-            Starting policy; with it records hold entropy and KL.
+            Starting policy; with it, records contain entropy and KL.
         batch_size (`int`, *optional*, defaults to `256`):
             Completions generated at a time.
 

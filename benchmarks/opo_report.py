@@ -1,4 +1,4 @@
-"""The tables and the figure of docs/opo_vs_grpo.md, from what opo_vs_grpo.py has measured."""
+"""The tables and the figure of docs/opo_vs_grpo.md, from the results of opo_vs_grpo.py."""
 
 import statistics
 from pathlib import Path
@@ -36,18 +36,18 @@ COLUMNS = {
 
 def page_tables(report: dict[str, Any]) -> dict[str, str]:
     """Every table of results on the page, as Markdown."""
-    arms = report["arms"]
-    rates = sorted({float(rate) for found in arms.values() for rate in found["sweep"]})
+    variants = report["variants"]
+    rates = sorted({float(rate) for found in variants.values() for rate in found["sweep"]})
     sweep = []
-    for arm, found in arms.items():
+    for variant, found in variants.items():
         scores = [", ".join(f"{100 * score:.1f}" for score in found["sweep"].get(f"{rate:g}", [])) for rate in rates]
         chosen = rates.index(found["learning_rate"])
-        sweep.append([TITLES[arm], *(f"**{each}**" if i == chosen else each for i, each in enumerate(scores))])
+        sweep.append([TITLES[variant], *(f"**{each}**" if i == chosen else each for i, each in enumerate(scores))])
     alone = [
-        [rate, TITLES[arm], *(_cell(name, found, part) for name in ("pass@1", "pass@8") for part in PARTS),
+        [rate, TITLES[variant], *(_cell(name, found, part) for name in ("pass@1", "pass@8") for part in PARTS),
          *(_cell(name, found, "over_seeds") for name in ("entropy", "kl_plain"))]
         for rate, of_rate in report["baselines_at_equal_rates"].items()
-        for arm, found in of_rate.items()
+        for variant, found in of_rate.items()
     ]  # fmt: skip
     heads = [
         "rate",
@@ -60,23 +60,23 @@ def page_tables(report: dict[str, Any]) -> dict[str, str]:
         "KL",
     ]
     return {
-        **{part: _results(arms, part) for part in PARTS},
+        **{part: _results(variants, part) for part in PARTS},
         "alone": markdown_table(heads, alone),
-        "sweep": markdown_table(["arm", *(f"{rate:g}" for rate in rates)], sweep),
+        "sweep": markdown_table(["variant", *(f"{rate:g}" for rate in rates)], sweep),
     }
 
 
-def _results(arms: dict[str, Any], part: str) -> str:
+def _results(variants: dict[str, Any], part: str) -> str:
     rows = [
-        [TITLES[arm], f"{found['learning_rate']:g}", *(_cell(name, found, part) for name in COLUMNS)]
-        for arm, found in arms.items()
+        [TITLES[variant], f"{found['learning_rate']:g}", *(_cell(name, found, part) for name in COLUMNS)]
+        for variant, found in variants.items()
         if part in found
     ]
-    return markdown_table(["arm", "learning rate", *COLUMNS.values()], rows)
+    return markdown_table(["variant", "learning rate", *COLUMNS.values()], rows)
 
 
 def _cell(name: str, found: dict[str, Any], part: str) -> str:
-    """A mean with its interval, or nothing; a difference in bold where the interval leaves 0 out."""
+    """A mean with its interval, or an empty cell; a difference is bold where the interval excludes 0."""
     if part not in found:
         return ""
     estimate, scale = found[part][name], 100 if name in PERCENT else 1
@@ -96,7 +96,7 @@ COLORS = {
 }
 
 
-def plot(arms: dict[str, Any], path: Path) -> None:
+def plot(variants: dict[str, Any], path: Path) -> None:
     """Training curves, the sweep, and the final metrics with their intervals."""
     import matplotlib
 
@@ -104,15 +104,15 @@ def plot(arms: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(2, 4, figsize=(15, 6.2), layout="constrained")
-    for arm, found in arms.items():
+    for variant, found in variants.items():
         for axis, name in zip(axes[0], ("reward", "length"), strict=False):
             curve = torch.tensor(found["curves"][name])
             smooth = curve.unfold(0, 10, 1).mean(dim=1)
-            axis.plot(range(5, 5 + len(smooth)), smooth, color=COLORS[arm], label=TITLES[arm], lw=1.4)
+            axis.plot(range(5, 5 + len(smooth)), smooth, color=COLORS[variant], label=TITLES[variant], lw=1.4)
         rates = [float(rate) for rate in found["sweep"]]
         scores = [statistics.fmean(each) for each in found["sweep"].values()]
-        axes[0][2].plot(rates, scores, color=COLORS[arm], marker="o", ms=3, lw=1.2)
-        axes[0][2].plot(found["learning_rate"], max(scores), color=COLORS[arm], marker="*", ms=11)
+        axes[0][2].plot(rates, scores, color=COLORS[variant], marker="o", ms=3, lw=1.2)
+        axes[0][2].plot(found["learning_rate"], max(scores), color=COLORS[variant], marker="*", ms=11)
     axes[0][0].set_title("training reward (mean of 10 batches)", fontsize=10, loc="left")
     axes[0][1].set_title("completion length in training (tokens)", fontsize=10, loc="left")
     axes[0][2].set_title("validation pass@1 by learning rate", fontsize=10, loc="left")
@@ -122,13 +122,13 @@ def plot(arms: dict[str, Any], path: Path) -> None:
     axes[0][0].legend(fontsize=7)
     panels = ["pass@1", "pass@8", "length", "entropy", "kl_plain"]
     for axis, name in zip([axes[0][3], *axes[1]], panels, strict=True):
-        for place, (arm, found) in enumerate(arms.items()):
+        for place, (variant, found) in enumerate(variants.items()):
             each, scale = found["over_seeds"][name], (100 if name in PERCENT else 1)
             error = [[scale * (each["mean"] - each["low"])], [scale * (each["high"] - each["mean"])]]
-            axis.errorbar(scale * each["mean"], -place, xerr=error, fmt="o", capsize=3, color=COLORS[arm])
+            axis.errorbar(scale * each["mean"], -place, xerr=error, fmt="o", capsize=3, color=COLORS[variant])
             seeds = [scale * value for value in found["each_seed"][name]]
-            axis.plot(seeds, [-place - 0.25] * len(seeds), "|", color=COLORS[arm], alpha=0.5)
-        axis.set_yticks([-i for i in range(len(arms))], [TITLES[arm] for arm in arms], fontsize=7)
+            axis.plot(seeds, [-place - 0.25] * len(seeds), "|", color=COLORS[variant], alpha=0.5)
+        axis.set_yticks([-i for i in range(len(variants))], [TITLES[variant] for variant in variants], fontsize=7)
         axis.set_title(f"test {COLUMNS[name]}", fontsize=10, loc="left")
     for axis in axes.flat:
         axis.grid(alpha=0.3)

@@ -1,35 +1,37 @@
 """
-OPO against GRPO on the tiny policy: six arms, the same problems and rollouts' budget, several seeds.
+OPO and GRPO on the tiny policy: six variants with the same problems, the same rollout budget and several seeds.
 
-    python benchmarks/opo_vs_grpo.py    # 116 runs of 45 s at best, one a core; goes on where it was stopped
+    python benchmarks/opo_vs_grpo.py    # 116 runs of at least 45 s, one per core; resumes where it stopped
 
-| arm             | trainer     | baseline                  | over std | steps per rollout batch          |
-|-----------------|-------------|---------------------------|----------|----------------------------------|
-| opo             | OPOTrainer  | b*                        | no       | 1                                |
-| opo_mean        | OPOTrainer  | group mean                | no       | 1                                |
-| grpo            | GRPOTrainer | group mean                | yes      | 1                                |
-| grpo_no_std     | GRPOTrainer | group mean                | no       | 1                                |
-| grpo_off        | GRPOTrainer | group mean                | yes      | 2, clip 0.2, entropy bonus 0.001 |
-| opo_uncertainty | OPOTrainer  | weighed by uncertainties  | no       | 1                                |
+| variant         | trainer     | baseline                  | divided by std | steps per rollout batch          |
+|-----------------|-------------|---------------------------|----------------|----------------------------------|
+| opo             | OPOTrainer  | b*                        | no             | 1                                |
+| opo_mean        | OPOTrainer  | group mean                | no             | 1                                |
+| grpo            | GRPOTrainer | group mean                | yes            | 1                                |
+| grpo_no_std     | GRPOTrainer | group mean                | no             | 1                                |
+| grpo_off        | GRPOTrainer | group mean                | yes            | 2, clip 0.2, entropy bonus 0.001 |
+| opo_uncertainty | OPOTrainer  | weighted by uncertainty   | no             | 1                                |
 
-grpo_off is the off-policy arm of the paper's experiment A. opo_uncertainty was added after gradient_variance.py had
-been run and before anything was measured on test problems. Everything else is the same for all: the starting policy,
-the order of the problems, 128 completions in a rollout batch, Adam, the length limit, the clip of the gradient norm.
+grpo_off is the off-policy variant of the paper's experiment A. opo_uncertainty was added after gradient_variance.py had
+been run and before anything was measured on test problems. Everything else is the same for all variants: the starting
+policy, the order of the problems, 128 completions per rollout batch, Adam, the length limit, gradient norm clipping.
 
-What is decided before anything runs:
+The following was decided before any run:
 
-1. Each arm gets its own learning rate. Those of `FIRST_GRID` are tried with the seeds `SWEEP_SEEDS`, and the next one
-   of `LEARNING_RATES` on that side is added while the best one lies at the edge of what was tried.
-2. The best is the highest mean pass@1 on *validation* problems at the end of training; the lower rate on a tie. A run
-   that breaks down counts as 0.
-3. Every arm is then trained with its best rate and other seeds, `SEEDS`, and measured on *test* problems that nothing
-   was chosen by: `NUM_SAMPLES` completions each, from which every metric of the table follows.
-4. Intervals are Student's t over seeds; differences to `opo` are paired by seed. All arms are reported.
+1. Each variant has its own learning rate. The rates of `FIRST_GRID` are run with the seeds `SWEEP_SEEDS`. While the
+   best rate is the lowest or the highest one tried, the next rate of `LEARNING_RATES` on that side is added.
+2. The best rate has the highest mean pass@1 on *validation* problems at the end of training; on a tie, the lower rate.
+   A run that breaks down counts as 0.
+3. Every variant is then trained with its best rate and other seeds, `SEEDS`, and measured on *test* problems, which
+   were not used to choose anything: `NUM_SAMPLES` completions each. Every metric of the table is computed from them.
+4. Intervals are Student's t over seeds; differences to `opo` are paired by seed. All variants are reported.
 
-Added when the arms' results were known, as a second look and not in place of the first: the three baselines of
-OPOTrainer at equal rates, `BASELINE_RATES`, with the same seeds and problems, since the rule gave them different ones.
+Added when the results were known, in addition to the comparison above and not in place of it: the three baselines of
+OPOTrainer at equal rates, `BASELINE_RATES`, with the same seeds and problems, because the rule selected different
+rates.
 
-Each finished run is a file in `--output_dir`; results/opo_vs_grpo.json and .png are written when all are there.
+Each finished run is a file in `--output_dir`. When all runs are finished, results/opo_vs_grpo.json and .png are
+written.
 """
 
 import argparse
@@ -45,7 +47,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # arms run in parallel, a core each
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # runs are parallel, one per core
 
 ROOT = Path(__file__).resolve().parents[1]
 import torch
@@ -71,11 +73,11 @@ SEEDS = (1, 2, 3, 4, 5, 6, 7, 8)
 NUM_VALIDATION, NUM_TEST = 256, 256  # problems
 NUM_SAMPLES = 8  # completions per problem, in training and in the measurements
 REFERENCE = "opo"
-BASELINE_ARMS, BASELINE_RATES = ("opo", "opo_mean", "opo_uncertainty"), (3e-5, 1e-4)
+BASELINE_VARIANTS, BASELINE_RATES = ("opo", "opo_mean", "opo_uncertainty"), (3e-5, 1e-4)
 
-# One rollout batch is 16 problems with 8 completions each; an on-policy step accumulates over both halves of it.
+# A rollout batch is 16 problems x 8 completions; an on-policy step accumulates gradients over its two halves.
 ON_POLICY = {"gradient_accumulation_steps": 2}
-ARMS: dict[str, tuple[type, type, dict[str, Any]]] = {
+VARIANTS: dict[str, tuple[type, type, dict[str, Any]]] = {
     "opo": (OPOTrainer, OPOConfig, ON_POLICY),
     "opo_mean": (OPOTrainer, OPOConfig, {**ON_POLICY, "length_exponent": 0.0}),
     "grpo": (GRPOTrainer, GRPOConfig, {**ON_POLICY, "scale_rewards": "group"}),
@@ -100,9 +102,9 @@ MAX_COMPLETION_LENGTH = 40
 
 
 class Job(NamedTuple):
-    """One training run and the problems that it is measured on."""
+    """One training run, and the split on which it is evaluated."""
 
-    arm: str
+    variant: str
     learning_rate: float
     seed: int
     split: str  # "validation" or "test"
@@ -110,26 +112,30 @@ class Job(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"{self.arm}-{self.learning_rate:g}-{self.seed}-{self.split}-{self.rollouts}"
+        return f"{self.variant}-{self.learning_rate:g}-{self.seed}-{self.split}-{self.rollouts}"
 
 
 def held_out(split: str) -> Any:
-    """Validation and test problems: disjoint, and disjoint from those that are trained on."""
+    """Validation or test problems: disjoint from each other and from the training problems."""
     problems = load_problems("arithmetic", "test", num_arithmetic=NUM_VALIDATION + NUM_TEST)
     first, size = (0, NUM_VALIDATION) if split == "validation" else (NUM_VALIDATION, NUM_TEST)
     return problems.select(range(first, first + size))
 
 
 def make_trainer(job: Job, directory: str) -> Any:
-    """The trainer of an arm, with everything that arms share set alike."""
-    settings = ARMS[job.arm][2]
+    """The trainer of a variant, with the settings that all variants share."""
+    settings = VARIANTS[job.variant][2]
     steps = job.rollouts * settings.get("steps_per_generation", 2) // settings["gradient_accumulation_steps"]
-    return build_trainer(ARMS[job.arm], directory, seed=job.seed, learning_rate=job.learning_rate, max_steps=steps)
+    return build_trainer(
+        VARIANTS[job.variant], directory, seed=job.seed, learning_rate=job.learning_rate, max_steps=steps
+    )
 
 
-def build_trainer(arm: tuple[type, type, dict[str, Any]], directory: str, *, max_steps: int, **settings: Any) -> Any:
-    """A trainer on the quickstart's problems: what experiments share, then what an arm and a run set."""
-    trainer_class, config_class, of_arm = arm
+def build_trainer(
+    variant: tuple[type, type, dict[str, Any]], directory: str, *, max_steps: int, **settings: Any
+) -> Any:
+    """A trainer on the quickstart's problems: shared settings, then those of the variant, then those of the run."""
+    trainer_class, config_class, of_variant = variant
     shared = {
         "max_steps": max_steps,
         "lr_scheduler_type": "constant_with_warmup",
@@ -146,7 +152,7 @@ def build_trainer(arm: tuple[type, type, dict[str, Any]], directory: str, *, max
         "gradient_checkpointing": False,
         "disable_tqdm": True,
     }
-    config = config_class(directory, **shared | of_arm | settings)
+    config = config_class(directory, **shared | of_variant | settings)
     problems = load_problems("arithmetic", "train", num_arithmetic=8_000)
     trainer = trainer_class(POLICY, math_verify_reward, config, problems)
     trainer.remove_callback(PrinterCallback)
@@ -154,7 +160,7 @@ def build_trainer(arm: tuple[type, type, dict[str, Any]], directory: str, *, max
 
 
 def prepare_worker() -> None:
-    """One thread a run, and no progress bars between the lines that runs print."""
+    """One thread per run, and no progress bars between the printed lines."""
     torch.set_num_threads(1)
     disable_progress_bars()
     logging.disable_progress_bar()
@@ -169,7 +175,7 @@ def run(job: Job) -> dict[str, Any]:
         trainer = make_trainer(job, directory)
         try:
             trainer.train()
-        except (ValueError, RuntimeError) as error:  # a rate too high: numbers that are not finite end a run
+        except (ValueError, RuntimeError) as error:  # a learning rate too high: a non-finite number ends the run
             return {**result, "broke_down": f"step {trainer.state.global_step}: {str(error)[:300]}"}
     steps = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
     rollouts = [entry for entry in steps if "reward" in entry]  # logged by the first step on each rollout batch
@@ -189,7 +195,7 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def final_metrics(model: Any, split: str) -> dict[str, float]:
-    """Every metric of a policy on the held-out problems of a split, from the same completions."""
+    """Every metric of a policy on the held-out problems of a split, all from the same completions."""
     base = AutoModelForCausalLM.from_pretrained(POLICY)
     records = sample_records(
         model, AutoTokenizer.from_pretrained(POLICY), held_out(split), num_samples=NUM_SAMPLES,
@@ -202,7 +208,7 @@ def final_metrics(model: Any, split: str) -> dict[str, float]:
 def complete(
     jobs: Iterable[Any], directory: Path, processes: int, run: Callable[[Any], dict[str, Any]] = run
 ) -> dict[Any, dict[str, Any]]:
-    """Results of all jobs: read where a run is done, run where it is not, several at a time."""
+    """Results of all jobs: finished runs are read, the others are run, several at a time."""
     directory.mkdir(parents=True, exist_ok=True)
     paths = {job: directory / f"{job.name}.json" for job in dict.fromkeys(jobs)}
     missing = [job for job, path in paths.items() if not path.exists()]
@@ -228,32 +234,32 @@ def _line(result: dict[str, Any]) -> str:
 
 
 def score(result: dict[str, Any]) -> float:
-    """What a learning rate is chosen by."""
+    """The criterion for choosing a learning rate."""
     return 0.0 if "broke_down" in result else result["metrics"]["pass@1"]
 
 
 def choose_rates(directory: Path, processes: int, rollouts: int) -> dict[str, dict[str, Any]]:
-    """Sweep every arm's learning rate; what was tried, and the best by the rule at the head of this file."""
-    tried: dict[str, list[float]] = {arm: list(FIRST_GRID) for arm in ARMS}
+    """Sweep every variant's learning rate; returns the tried rates and the best by the rule in the module docstring."""
+    tried: dict[str, list[float]] = {variant: list(FIRST_GRID) for variant in VARIANTS}
     while True:
         jobs = [
-            Job(arm, rate, seed, "validation", rollouts)
-            for arm, rates in tried.items()
+            Job(variant, rate, seed, "validation", rollouts)
+            for variant, rates in tried.items()
             for rate in rates
             for seed in SWEEP_SEEDS
         ]
         results = complete(jobs, directory, processes)
         sweeps = {}
-        for arm, rates in tried.items():
+        for variant, rates in tried.items():
             scores = {
-                rate: [score(results[Job(arm, rate, seed, "validation", rollouts)]) for seed in SWEEP_SEEDS]
+                rate: [score(results[Job(variant, rate, seed, "validation", rollouts)]) for seed in SWEEP_SEEDS]
                 for rate in sorted(rates)
             }
             best = max(scores, key=lambda rate: (statistics.fmean(scores[rate]), -rate))
-            sweeps[arm] = {"best": best, "tried": {f"{rate:g}": each for rate, each in scores.items()}}
+            sweeps[variant] = {"best": best, "tried": {f"{rate:g}": each for rate, each in scores.items()}}
         extended = False
-        for arm, rates in tried.items():
-            best, place = sweeps[arm]["best"], LEARNING_RATES.index(sweeps[arm]["best"])
+        for variant, rates in tried.items():
+            best, place = sweeps[variant]["best"], LEARNING_RATES.index(sweeps[variant]["best"])
             neighbours = LEARNING_RATES[max(place - 1, 0) : place + 2]
             new = [rate for rate in neighbours if rate not in rates]
             if best in (min(rates), max(rates)) and new:
@@ -281,45 +287,47 @@ def mean_curve(curves: Sequence[Sequence[float]]) -> list[float]:
 
 
 def summarize(sweeps: dict[str, Any], results: dict[Job, dict[str, Any]], rollouts: int) -> dict[str, Any]:
-    """Per arm: its rate, every metric over seeds, and its difference to OPO's, paired by seed."""
+    """Per variant: learning rate, every metric over seeds, and the differences to OPO, paired by seed."""
     values: dict[str, dict[str, list[float]]] = {}
-    arms: dict[str, Any] = {}
-    for arm, sweep in sweeps.items():
-        runs = [results[Job(arm, sweep["best"], seed, "test", rollouts)] for seed in SEEDS]
+    variants: dict[str, Any] = {}
+    for variant, sweep in sweeps.items():
+        runs = [results[Job(variant, sweep["best"], seed, "test", rollouts)] for seed in SEEDS]
         broken = [run_["broke_down"] for run_ in runs if "broke_down" in run_]
         if broken:
-            raise RuntimeError(f"{arm} broke down at its best learning rate {sweep['best']:g}: {broken}")
-        values[arm] = {
+            raise RuntimeError(f"{variant} broke down at its best learning rate {sweep['best']:g}: {broken}")
+        values[variant] = {
             **{name: [run_["metrics"][name] for run_ in runs] for name in METRICS},
             **{name: [run_["training"][name] for run_ in runs] for name in TRAINING},
             "reward": [statistics.fmean(run_["curves"]["reward"][-20:]) for run_ in runs],
         }
-        arms[arm] = {
+        variants[variant] = {
             "learning_rate": sweep["best"],
             "sweep": sweep["tried"],
-            "over_seeds": {name: interval(each) for name, each in values[arm].items()},
-            "each_seed": values[arm],
+            "over_seeds": {name: interval(each) for name, each in values[variant].items()},
+            "each_seed": values[variant],
             "curves": {name: mean_curve([run_["curves"][name] for run_ in runs]) for name in ("reward", "length")},
         }
-    for arm, found in values.items():
-        if arm != REFERENCE:
-            arms[arm]["difference_to_opo"] = {
+    for variant, found in values.items():
+        if variant != REFERENCE:
+            variants[variant]["difference_to_opo"] = {
                 name: paired_interval(each, values[REFERENCE][name]) for name, each in found.items()
             }
-    return arms
+    return variants
 
 
 def summarize_baselines(jobs: dict[str, list[Job]], results: dict[Job, dict[str, Any]]) -> dict[str, Any]:
-    """Per baseline at one rate: every metric over seeds, and its difference to OPO's, paired by seed."""
+    """Per baseline at one rate: every metric over seeds, and the differences to OPO, paired by seed."""
     found: dict[str, Any] = {}
-    for arm, of_arm in jobs.items():
+    for variant, of_variant in jobs.items():
         values, reference = (
             {name: [results[job]["metrics"][name] for job in those] for name in METRICS}
-            for those in (of_arm, jobs[REFERENCE])
+            for those in (of_variant, jobs[REFERENCE])
         )
-        found[arm] = {"over_seeds": {name: interval(values[name]) for name in METRICS}}
-        if arm != REFERENCE:
-            found[arm]["difference_to_opo"] = {name: paired_interval(values[name], reference[name]) for name in METRICS}
+        found[variant] = {"over_seeds": {name: interval(values[name]) for name in METRICS}}
+        if variant != REFERENCE:
+            found[variant]["difference_to_opo"] = {
+                name: paired_interval(values[name], reference[name]) for name in METRICS
+            }
     return found
 
 
@@ -332,15 +340,20 @@ def main() -> None:
     )
     args = parser.parse_args()
     sweeps = choose_rates(args.output_dir, args.processes, args.rollouts)
-    print({arm: sweep["best"] for arm, sweep in sweeps.items()}, flush=True)
-    jobs = [Job(arm, sweeps[arm]["best"], seed, "test", args.rollouts) for seed in SEEDS for arm in ARMS]
+    print({variant: sweep["best"] for variant, sweep in sweeps.items()}, flush=True)
+    jobs = [
+        Job(variant, sweeps[variant]["best"], seed, "test", args.rollouts) for seed in SEEDS for variant in VARIANTS
+    ]
     results = complete(jobs, args.output_dir, args.processes)
-    arms = summarize(sweeps, results, args.rollouts)
+    variants = summarize(sweeps, results, args.rollouts)
     alone = {
-        rate: {arm: [Job(arm, rate, seed, "test", args.rollouts) for seed in SEEDS] for arm in BASELINE_ARMS}
+        rate: {
+            variant: [Job(variant, rate, seed, "test", args.rollouts) for seed in SEEDS]
+            for variant in BASELINE_VARIANTS
+        }
         for rate in BASELINE_RATES
     }
-    every = [job for of_rate in alone.values() for of_arm in of_rate.values() for job in of_arm]
+    every = [job for of_rate in alone.values() for of_variant in of_rate.values() for job in of_variant]
     results |= complete(every, args.output_dir, args.processes)
     baselines = {f"{rate:g}": summarize_baselines(of_rate, results) for rate, of_rate in alone.items()}
     report = {
@@ -356,15 +369,15 @@ def main() -> None:
             "test_problems": NUM_TEST,
             "samples_per_problem": NUM_SAMPLES,
             "max_completion_length": MAX_COMPLETION_LENGTH,
-            "arms": {arm: settings for arm, (_, _, settings) in ARMS.items()},
+            "variants": {variant: settings for variant, (_, _, settings) in VARIANTS.items()},
         },
-        "arms": arms,
+        "variants": variants,
         "baselines_at_equal_rates": baselines,
     }
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / "opo_vs_grpo.json"
     path.write_text(json.dumps(report, indent=1) + "\n")
-    plot(arms, path.with_suffix(".png"))
+    plot(variants, path.with_suffix(".png"))
     print(*page_tables(report).values(), sep="\n\n")
     print(f"written to {path}")
 

@@ -1,17 +1,18 @@
 """
-Time and verdicts of mathematics rewards on the same completions: ours, TRL's, and math-verify as its readme shows it.
+Time and verdicts of math rewards on the same completions: ours, TRL's, and math-verify as in its README.
 
-    python benchmarks/reward_throughput.py            # a table, and a file in benchmarks/results
-    python benchmarks/reward_throughput.py --json     # the same, last line one JSON object
+    python benchmarks/reward_throughput.py            # prints a table and writes a file to benchmarks/results
+    python benchmarks/reward_throughput.py --json     # the same, with one JSON object as the last line
 
-A batch is 256 problems with 8 completions each, a page of reasoning before every answer: half of them from GSM8K's
-test file, half from MATH's, if a folder `shared/data` lies beside the checkout, else generated ones of the same kinds.
-Of the answers one half is the solution as it stands in the file, one in ten the same in another notation, one in twenty
-missing, and the rest those of other problems of the same file. So each verdict is known, and every reward held to it.
+A batch is 256 problems with 8 completions each, with a page of reasoning before every answer. Half of the problems are
+from GSM8K's test file and half from MATH's, if a folder `shared/data` is next to the checkout; otherwise problems of
+the same kinds are generated. Half of the answers are the solution as in the file, one in ten is the solution in another
+notation, one in twenty is missing, and the rest are solutions of other problems of the same file. So each verdict is
+known, and every reward is compared with it.
 
-Rewards take turns, each round on a batch of its own; times are medians. Ours is measured with its worker processes
-started and nothing remembered. The broken batch has 300 comparisons, and among them six tasks that no signal handler
-can interrupt, an allocation of 8 GB, a SIGSEGV and a SIGKILL.
+In each round all rewards run on the same new batch, one after another; times are medians. Ours is measured with its
+worker processes started and its cache empty. The broken batch has 300 comparisons that include six tasks that no signal
+handler can interrupt, an allocation of 8 GB, a SIGSEGV and a SIGKILL.
 """
 
 import argparse
@@ -51,7 +52,7 @@ def real_solutions(name: str, draw: random.Random) -> list[str]:
 
 
 def generated_solutions(draw: random.Random) -> list[str]:
-    """Three in four a number, the rest fractions, radicals, expressions, points and intervals, as in the real files."""
+    """Three in four are numbers; the rest are fractions, radicals, expressions, points and intervals."""
     forms = [r"\frac{%d}{%d}", r"%d\sqrt{%d}", "%dx^2+%d", "(%d,%d)", "[%d,%d)", r"\frac{%d\pi}{%d}"]
     numbers = [str(draw.randrange(2_000)) for _ in range(NUM_PROBLEMS * 3 // 4)]
     return numbers + [
@@ -60,7 +61,7 @@ def generated_solutions(draw: random.Random) -> list[str]:
 
 
 def other_notation(answer: str, draw: random.Random) -> str:
-    """The same answer as another model writes it."""
+    """The same answer in another notation that models use."""
     if re.fullmatch(r"-?\d+", answer):
         return draw.choice([f"{answer}.0", f"x = {answer}", f"{answer}.", f"{answer}\\text{{ units}}"])
     return draw.choice(
@@ -69,7 +70,7 @@ def other_notation(answer: str, draw: random.Random) -> str:
 
 
 def make_batch(seed: int) -> tuple[list[str], list[str], list[float]]:
-    """Completions, solutions, and what a reward should say."""
+    """Completions, solutions, and the correct rewards."""
     draw = random.Random(seed)
     if DATA.is_dir():
         files = [real_solutions("gsm8k_test", draw), real_solutions("math_test", draw)]
@@ -90,7 +91,7 @@ def make_batch(seed: int) -> tuple[list[str], list[str], list[float]]:
 
 
 def plain(answer: str) -> str:
-    """Crude on purpose: pairs that differ in units, signs or spaces alone are not taken for different answers."""
+    """Crude on purpose: pairs that differ only in units, signs or spaces are not used as different answers."""
     return re.sub(r"\\text\{[^{}]*\}|\\mbox\{[^{}]*\}|\^\\circ|\\[dt]?frac|[^\w]|\.0*$", "", answer)
 
 
@@ -109,8 +110,8 @@ def plain_math_verify(completions: list[str], solutions: list[str]) -> list[floa
 REWARDS = {"math_verify_reward": ours, "TRL accuracy_reward": trl, "verify(parse, parse)": plain_math_verify}
 
 
-def forget() -> None:
-    """Drop what has been graded before, but keep the workers."""
+def clear_cache() -> None:
+    """Clear the cached verdicts, but keep the workers."""
     judge = _judge(*math_verify_reward.__globals__["_default"].limits)
     judge._verdicts.clear()
     judge._usable.clear()
@@ -122,13 +123,13 @@ def compare(rounds: int) -> list[dict[str, Any]]:
     for round_number in range(rounds):
         completions, solutions, labels = make_batch(round_number)
         for name, reward in REWARDS.items():
-            forget()
+            clear_cache()
             start = time.perf_counter()
             verdicts = reward(completions, solutions)
             seconds[name].append(time.perf_counter() - start)
             for verdict, label in zip(verdicts, labels, strict=True):
                 if verdict != label:
-                    kind = "unscored" if verdict is None else "wrongly paid" if verdict else "wrongly refused"
+                    kind = "unscored" if verdict is None else "false positives" if verdict else "false negatives"
                     mistakes[name][kind] += 1
     total = rounds * NUM_PROBLEMS * GROUP_SIZE
     return [
@@ -136,14 +137,14 @@ def compare(rounds: int) -> list[dict[str, Any]]:
             "reward": name,
             "seconds": statistics.median(seconds[name]),
             "range": [min(seconds[name]), max(seconds[name])],
-            **{kind: mistakes[name][kind] / total for kind in ("wrongly paid", "wrongly refused", "unscored")},
+            **{kind: mistakes[name][kind] / total for kind in ("false positives", "false negatives", "unscored")},
         }
         for name in REWARDS
     ]
 
 
 def copied_formulas() -> dict[str, float]:
-    """Share of MATH's first 1,500 test problems for which a formula of the problem, boxed as it is, is paid."""
+    """Share of MATH's first 1,500 test problems for which a formula of the problem, boxed unchanged, gets a reward."""
     rows = [json.loads(line) for line in (DATA / "math_test.jsonl").read_text().splitlines()[:1_500]]
     pairs = [
         (row, formula)
@@ -190,21 +191,21 @@ def main() -> None:
 
     math_verify_reward([r"\boxed{\sqrt{4}}"], ["2"])  # starts the workers
     results = compare(args.rounds)
-    print("| reward | 2,048 completions | wrongly paid | wrongly refused | unscored |\n|---|---|---|---|---|")
+    print("| reward | 2,048 completions | false positives | false negatives | unscored |\n|---|---|---|---|---|")
     for row in results:
-        shares = [f"{row[kind]:.1%}" for kind in ("wrongly paid", "wrongly refused", "unscored")]
+        shares = [f"{row[kind]:.1%}" for kind in ("false positives", "false negatives", "unscored")]
         low, high = row["range"]
         print(f"| {row['reward']} | **{row['seconds']:.2f} s** ({low:.2f} to {high:.2f}) | {' | '.join(shares)} |")
     broken = broken_batch()
     print(f"\nBroken batch: {broken}")
     copied = copied_formulas() if DATA.is_dir() else {}
-    print(f"\nPaid for a formula of the problem, solutions boxed: {copied}")
+    print(f"\nReward for a copied formula of the problem, solutions boxed: {copied}")
     report = {
         **provenance("math-verify", "sympy", "pebble", "loky"),
         "solutions": "GSM8K and MATH" if DATA.is_dir() else "generated",
         "rewards": results,
         "broken batch": broken,
-        "problems paid for a copied formula": copied,
+        "problems rewarded for a copied formula": copied,
     }
     args.output.write_text(json.dumps(report, indent=2) + "\n")
     if args.json:

@@ -1,7 +1,7 @@
 """
 Stability of OPO and GRPO on the tiny policy, by learning rate and by optimizer steps per rollout batch.
 
-    python benchmarks/stability_map.py             # about 100 runs of 45 s on one free core; resumes where it stopped
+    python benchmarks/stability_map.py             # about 100 runs of 45 s on one idle core; resumes where it stopped
     python benchmarks/stability_map.py --report    # write results/stability_map.json and .png from the finished runs
 
 Question: how wide is the band of learning rates that work, how does it change with the number of optimizer steps per
@@ -83,7 +83,7 @@ CURVES = {
 
 
 class Row(NamedTuple):
-    """One line of the map: a variant and its optimizer steps per 128 completions."""
+    """One row of the map: an algorithm and its optimizer steps per 128 completions."""
 
     variant: str
     steps: int
@@ -107,18 +107,18 @@ START = Job("start", 0, 0.0, 0, 0)
 MAIN = (Row("opo", 1), *(Row("grpo", steps) for steps in (1, 2, 4, 8)))
 CONTROLS = (Row("grpo_no_std", 1), Row("grpo_fresh", 4))
 
-Arm = tuple[type, type, dict[str, Any]]
+Variant = tuple[type, type, dict[str, Any]]
 
 
-def arm_of(row: Row) -> Arm:
-    """Trainer, config and settings of a row."""
-    whole = {"per_device_train_batch_size": 64, "gradient_accumulation_steps": 2}
-    part = {"per_device_train_batch_size": 128 // row.steps, "gradient_accumulation_steps": 1}
+def variant_of(row: Row) -> Variant:
+    """Trainer class, config class and settings of a row."""
+    full_batch = {"per_device_train_batch_size": 64, "gradient_accumulation_steps": 2}
+    mini_batch = {"per_device_train_batch_size": 128 // row.steps, "gradient_accumulation_steps": 1}
     if row.variant == "opo":
-        return OPOTrainer, OPOConfig, {**whole, "skip_uninformative": False}
+        return OPOTrainer, OPOConfig, {**full_batch, "skip_uninformative": False}
     if row.variant == "grpo_fresh":
-        return GRPOTrainer, GRPOConfig, {**part, "steps_per_generation": 1, "epsilon": 0.2}
-    batches = whole if row.steps == 1 else {**part, "steps_per_generation": row.steps}
+        return GRPOTrainer, GRPOConfig, {**mini_batch, "steps_per_generation": 1, "epsilon": 0.2}
+    batches = full_batch if row.steps == 1 else {**mini_batch, "steps_per_generation": row.steps}
     scale = "none" if row.variant == "grpo_no_std" else "group"
     return GRPOTrainer, GRPOConfig, {**batches, "scale_rewards": scale, "epsilon": 0.2}
 
@@ -139,10 +139,10 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def train(job: Job) -> dict[str, Any]:
-    """Curves of a run, and its final metrics or the error that its collapse ended in."""
+    """Curves of a run, and its final metrics or the error with which it collapsed."""
     with tempfile.TemporaryDirectory() as directory:
         trainer = build_trainer(
-            arm_of(Row(job.variant, job.steps)), directory, max_steps=job.rollouts * job.steps, seed=job.seed,
+            variant_of(Row(job.variant, job.steps)), directory, max_steps=job.rollouts * job.steps, seed=job.seed,
             learning_rate=job.learning_rate,
         )  # fmt: skip
         found: dict[str, Any] = {}
@@ -159,7 +159,7 @@ def train(job: Job) -> dict[str, Any]:
 
 
 def numbers_broke_down(error: Exception, model: Any) -> bool:
-    """Whether an error comes from numbers that are not finite: only then it is a result and not a mistake."""
+    """Whether an error is caused by a non-finite number: only then is it a result and not a bug."""
     tensors = [each for p in model.parameters() for each in (p.data, p.grad) if each is not None]
     named = any(word in str(error) for word in ("finite", "`nan`"))
     return named or not all(bool(each.isfinite().all()) for each in tensors)
@@ -176,7 +176,7 @@ def batch_means(logged: Sequence[Mapping[str, float]], key: str, steps: int) -> 
 
 
 def jobs_of(rows: Iterable[Row], rates: Iterable[float], seeds: Iterable[int], rollouts: int) -> list[Job]:
-    """The runs of some cells, seed by seed."""
+    """The jobs of the given rows and rates, ordered by seed."""
     return [Job(*row, rate, seed, rollouts) for seed in seeds for row in rows for rate in rates]
 
 
@@ -190,7 +190,7 @@ Scores = dict[Row, dict[float, list[float]]]  # pass@1 of each seed, by row and 
 
 
 def scores_of(tried: Mapping[Row, Sequence[float]], results: Results, rollouts: int) -> Scores:
-    """Final pass@1 of every run of some cells."""
+    """Final pass@1 of every run of the given rows and rates."""
     return {
         row: {rate: [pass_at_1(results[Job(*row, rate, seed, rollouts)]) for seed in SEEDS] for rate in sorted(rates)}
         for row, rates in tried.items()
@@ -218,7 +218,7 @@ def rates_to_add(scores: Scores, threshold: float) -> dict[Row, list[float]]:
 
 
 def complete_map(rollouts: int, finish: Callable[[list[Job]], Results]) -> tuple[Scores, Results]:
-    """Finish every run of the map, in the order that the head of this file gives."""
+    """Finish every run of the map, in the order given in the module docstring."""
     results = finish([START])
     tried: dict[Row, list[float]] = {}
     for rows in (MAIN, CONTROLS):
@@ -235,7 +235,7 @@ def complete_map(rollouts: int, finish: Callable[[list[Job]], Results]) -> tuple
 
 
 def read(jobs: Iterable[Job], directory: Path) -> Results:
-    """Results of runs that must all be there."""
+    """Results of jobs that must all be finished."""
     paths = {job: directory / f"{job.name}.json" for job in jobs}
     missing = [path.stem for path in paths.values() if not path.exists()]
     if missing:
@@ -247,7 +247,7 @@ def read(jobs: Iterable[Job], directory: Path) -> Results:
 
 
 def summarize(scores: Scores, results: Results, rollouts: int) -> dict[str, Any]:
-    """The result file: where the runs come from, the rules, the starting policy, and every row with its cells."""
+    """The result file: provenance of the runs, the rules, the starting policy, and every row with its cells."""
     start, threshold = results[START]["metrics"], threshold_of(scores)
     origins = [result["provenance"] for result in results.values()]
     rows = {}
@@ -277,7 +277,7 @@ def summarize(scores: Scores, results: Results, rollouts: int) -> dict[str, Any]
             "samples_per_problem": NUM_SAMPLES,
             "collapsed_below": COLLAPSED * start["pass@1"],
             "works_at_share_of_best": WORKS,
-            "rows": {f"{row.variant}-{row.steps}": arm_of(row)[2] for row in scores},
+            "rows": {f"{row.variant}-{row.steps}": variant_of(row)[2] for row in scores},
         },
         "start": start,
         "threshold": threshold,

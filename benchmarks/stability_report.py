@@ -1,4 +1,4 @@
-"""The bands, tables and figure of the stability page, from what stability_map.py has measured."""
+"""The bands, tables and figure of the stability page, from the results of stability_map.py."""
 
 import math
 import statistics
@@ -63,7 +63,7 @@ def _crossing(curve: Mapping[float, float], outside: float, inside: float, thres
 def summarize_cell(
     runs: Sequence[Mapping[str, Any]], scores: Sequence[float], collapsed_below: float
 ) -> dict[str, Any]:
-    """What the result file holds of one cell: a value per seed, and curves averaged over seeds."""
+    """The entry of one cell in the result file: a value per seed, and curves averaged over seeds."""
     pairs = list(zip(runs, scores, strict=True))
     return {
         "pass@1": list(scores),
@@ -80,7 +80,7 @@ def summarize_cell(
 
 
 def block_means(curves: Sequence[Sequence[float | None]], block: int = BLOCK) -> list[float | None]:
-    """Mean over seeds and over `block` rollout batches, of the values that there are."""
+    """Mean over seeds and over `block` rollout batches; `None` values are ignored."""
     length = max(len(curve) for curve in curves)
     means = [_mean([v for curve in curves for v in curve[at : at + block]]) for at in range(0, length, block)]
     return [None if mean is None else round(mean, 4) for mean in means]
@@ -96,7 +96,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def summarize_row(cells: Mapping[float, Mapping[str, Any]], threshold: float) -> dict[str, Any]:
-    """Band of a row, for the mean over seeds and for each seed, and where its runs start to collapse."""
+    """Band of a row, for the mean over seeds and for each seed, and the highest rate without a collapse."""
     means = {rate: statistics.fmean(cell["pass@1"]) for rate, cell in cells.items()}
     seeds = len(next(iter(cells.values()))["pass@1"])
     best = max(means, key=lambda rate: (means[rate], -rate))
@@ -181,7 +181,7 @@ def _width(found: Mapping[str, Any]) -> str:
 
 
 def _accuracy(cell: Mapping[str, Any]) -> str:
-    """Mean with the lowest and highest seed; how many runs collapsed."""
+    """Mean with the lowest and highest seed, and the number of collapsed runs."""
     mean, low, high = (100 * of(cell["pass@1"]) for of in (statistics.fmean, min, max))
     fallen = sum(cell["collapsed"])
     return f"{mean:.1f} ({low:.1f} to {high:.1f})" + (f", {fallen} collapsed" if fallen else "")
@@ -191,7 +191,7 @@ def _number(value: float | None, digits: int, scale: float = 1) -> str:
     return "" if value is None else f"{scale * value:.{digits}f}"
 
 
-# Okabe and Ito's vermillion for OPO, shades of one blue that darken with staleness for GRPO; markers differ as well.
+# Okabe and Ito's vermillion for OPO; for GRPO shades of blue, darker with more steps. Markers differ as well.
 STYLES: dict[str, dict[str, Any]] = {
     "opo-1": {"color": "#d55e00", "marker": "o", "lw": 2.4, "zorder": 4},
     "grpo-1": {"color": "#8fc1e3", "marker": "s"},
@@ -213,7 +213,7 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
 
     figure, (upper, lower) = plt.subplots(2, 1, figsize=(7.2, 7.6), layout="constrained", sharex=True, facecolor="w")
     for place, (name, row) in enumerate(report["rows"].items()):
-        # side by side, so that the spreads of rows stay apart
+        # shifted sideways, so that the error bars of the rows do not overlap
         x = [float(rate) * 1.025 ** (place - (len(report["rows"]) - 1) / 2) for rate in row["cells"]]
         style = {"ms": 5, "lw": 1.6, "capsize": 2, "elinewidth": 1, "label": TITLES[name], **STYLES[name]}
         upper.errorbar(x, *_means_and_spread(row, "pass@1", 100), **style)
@@ -244,9 +244,10 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
 
 
 def _means_and_spread(row: Mapping[str, Any], metric: str, scale: float) -> tuple[list[float], list[list[float]]]:
-    """Mean over seeds by rate, and how far the lowest and the highest seed are from it."""
+    """Mean over seeds by rate, and the distances of the lowest and the highest seed from it."""
     known = [[scale * value for value in _known(cell[metric])] or [math.nan] for cell in row["cells"].values()]
     means = [statistics.fmean(values) for values in known]
     pairs = list(zip(means, known, strict=True))
-    below = [max(mean - min(values), 0.0) for mean, values in pairs]  # a mean of equal values may be off by a rounding
+    # The mean of equal values may differ from them by a rounding error, hence max(..., 0.0).
+    below = [max(mean - min(values), 0.0) for mean, values in pairs]
     return means, [below, [max(max(values) - mean, 0.0) for mean, values in pairs]]

@@ -1,4 +1,4 @@
-"""The tables and the figure of docs/variance.md, from what gradient_variance.py has measured."""
+"""The tables and the figure of docs/variance.md, from the results of gradient_variance.py."""
 
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ def page_tables(policies: dict[str, Any]) -> dict[str, str]:
         for policy, size, found in by_size
     ]  # fmt: skip
     heads = {
-        "OPO": ["over the mean's", "over the mean's, at equal scale", "over exact's", "over the optimum's"],
+        "OPO": ["OPO / mean", "OPO / mean, at equal scale", "OPO / exact", "OPO / optimum"],
         "norms": ["pass@1", "length, right", "length, wrong", "squared norm, right", "squared norm, wrong"],
         "weights": [f"{policy}: {part}" for policy in policies for part in ("correlation", "slope")],
         "bias": ["mean: scale", "OPO: scale", "OPO: cosine", "uncertainty: scale", "uncertainty: cosine"],
@@ -83,7 +83,7 @@ COLORS = {
 
 
 def plot(policies: dict[str, Any], completions: dict[str, Any], path: Path) -> None:
-    """Variance over the optimum's for each K, and squared gradient norms against lengths."""
+    """Variance relative to the optimum for each K, and squared gradient norms by length."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""The experiments' arithmetic: what `benchmarks/gradient_variance.py` and `opo_vs_grpo.py` make of their samples."""
+"""The arithmetic of `benchmarks/gradient_variance.py` and `opo_vs_grpo.py`: statistics, sweeps, intervals."""
 
 import itertools
 import json
@@ -34,14 +34,14 @@ def test_gradients_are_those_of_the_summed_log_probability():
     for completion in completions:
         model.zero_grad()
         logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
-        law = logits.log_softmax(dim=-1)
-        logps = law[torch.arange(len(completion)), completion]
+        log_probs = logits.log_softmax(dim=-1)
+        logps = log_probs[torch.arange(len(completion)), completion]
         logps.sum().backward()
         expected.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
         # the score with respect to the logits is the one-hot vector minus the probabilities
-        one_hot = torch.nn.functional.one_hot(torch.tensor(completion), law.size(1))
+        one_hot = torch.nn.functional.one_hot(torch.tensor(completion), log_probs.size(1))
         left = 1 - logps.detach().exp()
-        uncertain.append([(one_hot - law.detach().exp()).square().sum(), left.square().sum(), left.sum()])
+        uncertain.append([(one_hot - log_probs.detach().exp()).square().sum(), left.square().sum(), left.sum()])
     stacked = torch.stack(expected).double()
     assert torch.allclose(found.inner_products, stacked @ stacked.T, rtol=1e-4)
     assert torch.allclose(found.completions.squared_norms, stacked.square().sum(dim=1), rtol=1e-4)
@@ -93,14 +93,14 @@ def test_the_group_mean_is_leave_one_out_shrunk():
     assert found["group mean"][2] * (4 / 3) == pytest.approx(found["leave-one-out"][2].item())
 
 
-def test_weights_in_proportion_make_the_same_baseline():
+def test_proportional_weights_give_the_same_baseline():
     found = group_statistics(made_up_prompt()[0], 4, torch.Generator().manual_seed(0))
     for name in ("logit norm", "uncertainty", "1 - pi"):
         assert torch.allclose(found[name], found["exact"]), "made up as multiples of the squared norms"
 
 
-def test_the_bias_that_is_measured_is_the_bias_of_enumeration():
-    """Two outcomes, K = 2: the estimator's mean over all pairs, against the true gradient."""
+def test_the_measured_bias_is_that_of_enumeration():
+    """Two outcomes, K = 2: the mean of the estimator over all pairs, compared with the true gradient."""
     right, wrong = torch.tensor([1.0, 2.0]).double(), torch.tensor([-1.0, 1.0]).double()
     share, lengths = 0.25, {1.0: 3.0, 0.0: 1.0}
     gradient = share * right  # rewards 1 and 0; the scores' own mean is not 0 here, so the baseline matters
@@ -122,7 +122,7 @@ def test_the_bias_that_is_measured_is_the_bias_of_enumeration():
     assert (found[2] / found[3]).item() == pytest.approx(expected_scale, abs=0.02)
 
 
-def test_two_reports_agree_where_their_intervals_meet():
+def test_two_reports_agree_where_their_intervals_overlap():
     def report(low, high):
         return {"policies": {"fresh": {"scale": {"value": 1.0, "low": low, "high": high}, "seconds": 3}}}
 
@@ -132,7 +132,7 @@ def test_two_reports_agree_where_their_intervals_meet():
 
 @pytest.fixture
 def landscape(monkeypatch):
-    """Runs without training: pass@1 is a given function of the arm and the rate, and what was run is noted."""
+    """Runs without training: pass@1 is a given function of the variant and the rate; the jobs that ran are recorded."""
     ran = []
 
     def install(pass_at_1):
@@ -147,7 +147,7 @@ def landscape(monkeypatch):
     return install
 
 
-def test_a_sweep_goes_on_until_the_best_rate_has_neighbours_on_both_sides(landscape, tmp_path):
+def test_a_sweep_continues_until_the_best_rate_has_neighbours_on_both_sides(landscape, tmp_path):
     peaks = {
         "opo": 1e-5,
         "opo_mean": 1e-4,
@@ -157,17 +157,17 @@ def test_a_sweep_goes_on_until_the_best_rate_has_neighbours_on_both_sides(landsc
         "opo_uncertainty": 1e-4,
     }
     distance = {rate: place for place, rate in enumerate(LEARNING_RATES)}
-    ran = landscape(lambda job: 1 - abs(distance[job.learning_rate] - distance[peaks[job.arm]]) / 10)
+    ran = landscape(lambda job: 1 - abs(distance[job.learning_rate] - distance[peaks[job.variant]]) / 10)
     sweeps = choose_rates(tmp_path, processes=1, rollouts=7)
-    assert {arm: sweep["best"] for arm, sweep in sweeps.items()} == peaks
-    tried = {arm: {job.learning_rate for job in ran if job.arm == arm} for arm in peaks}
+    assert {variant: sweep["best"] for variant, sweep in sweeps.items()} == peaks
+    tried = {variant: {job.learning_rate for job in ran if job.variant == variant} for variant in peaks}
     assert tried["opo_mean"] == set(FIRST_GRID)
     assert tried["opo"] == {3e-6, 1e-5, *FIRST_GRID}
     assert tried["grpo"] == {*FIRST_GRID, 1e-3, 3e-3, 1e-2}
     assert all(job.split == "validation" and job.seed in SWEEP_SEEDS for job in ran)
 
 
-def test_the_lower_rate_wins_a_tie_and_a_breakdown_counts_as_nothing(landscape, tmp_path, monkeypatch):
+def test_on_a_tie_the_lower_rate_is_chosen_and_a_breakdown_counts_as_zero(landscape, tmp_path, monkeypatch):
     landscape(lambda job: 0.5)
     best = {sweep["best"] for sweep in choose_rates(tmp_path, processes=1, rollouts=7).values()}
     assert best == {min(LEARNING_RATES)}, "down to the end of the list"
@@ -181,7 +181,7 @@ def test_finished_runs_are_read_and_not_run_again(tmp_path, monkeypatch):
     assert complete([job, job], tmp_path, processes=1)[job]["metrics"]["pass@1"] == 0.25
 
 
-def test_intervals_over_seeds_are_students():
+def test_intervals_over_seeds_are_student_t():
     values = [0.61, 0.64, 0.60, 0.66]
     found = interval(values)
     half = 3.182446 * statistics.stdev(values) / 2  # t of three degrees of freedom at 97.5 %
@@ -189,7 +189,7 @@ def test_intervals_over_seeds_are_students():
     assert (found["high"] - found["low"]) / 2 == pytest.approx(half, rel=1e-5)
 
 
-def test_every_arm_but_the_off_policy_one_makes_one_step_per_rollout_batch():
-    for arm, (_, _, settings) in opo_vs_grpo.ARMS.items():
+def test_every_variant_but_the_off_policy_one_takes_one_step_per_rollout_batch():
+    for variant, (_, _, settings) in opo_vs_grpo.VARIANTS.items():
         steps = settings.get("steps_per_generation", settings["gradient_accumulation_steps"])
-        assert steps // settings["gradient_accumulation_steps"] == (2 if arm == "grpo_off" else 1)
+        assert steps // settings["gradient_accumulation_steps"] == (2 if variant == "grpo_off" else 1)

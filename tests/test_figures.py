@@ -49,7 +49,7 @@ def test_the_updates_headlines():
         f"half of the groups uninformative {speedups[0]}, with none {speedups[1]}, constant lengths {speedups[2]}; "
         f"memory {memory[0]}, {memory[1]} and {memory[2]}"
     ) in text
-    readme = the_table(README, "half of the groups have nothing to learn from")
+    readme = the_table(README, "half of the groups uninformative")
     assert [(row[0], row[1]) for row in readme] == [
         ("yes", f"{half['speedup']:.1f}x"),
         ("no", f"{none['speedup']:.1f}x"),
@@ -81,7 +81,7 @@ def test_the_simulated_ranks():
     for case, *cells in the_table(page("update"), "ranks x rows, micro-batches"):
         assert cells == [f"{value:.2f}x" for value in speedups(case)], case
     eight = [[f"{value:.1f}x" for value in speedups("8 x 64, 8", uninformative)] for uninformative in (0.5, 0.0)]
-    readme = the_table(README, "half of the groups have nothing to learn from")
+    readme = the_table(README, "half of the groups uninformative")
     assert [row[2] for row in readme] == [f"{dealt} (DDP), {sharded} (ZeRO-3, FSDP)" for _, dealt, _, sharded in eight]
     shares, efficiencies = next(table for table in tables(page("update")) if table[0][0].startswith("share of TRL's"))
     assert efficiencies[1:] == [f"{rank_balance.token_efficiency(float(share)):.3f}" for share in shares[1:]]
@@ -99,7 +99,7 @@ def test_the_reward():
     for row, reward in zip(rows, measured["rewards"], strict=True):
         low, high = reward["range"]
         assert row[:2] == [names[reward["reward"]], f"{reward['seconds']:.2f} s ({low:.2f} to {high:.2f})"]
-        for cell, name in zip(row[2:], ("wrongly paid", "wrongly refused", "unscored"), strict=True):
+        for cell, name in zip(row[2:], ("false positives", "false negatives", "unscored"), strict=True):
             digits = len(cell.removesuffix(" %").partition(".")[2])
             assert cell == f"{100 * reward[name]:.{digits}f} %", (reward["reward"], name)
     text = " ".join(page("reward").split())
@@ -107,7 +107,7 @@ def test_the_reward():
     assert f"2,048 completions take {ours:.1f} s" in " ".join(README.split())
     assert f"{trls:.1f} s with TRL's `accuracy_reward`" in " ".join(README.split())
     assert f"take {measured['broken batch']['seconds']:.1f} s" in text
-    copied = measured["problems paid for a copied formula"]
+    copied = measured["problems rewarded for a copied formula"]
     assert f"{copied['the same without prompts']:.1%}".replace("%", " % would pay") in text
     assert f"boxed solutions: {copied['TRL accuracy_reward']:.1%}".replace("%", " %") in text
     assert f"it is {copied['math_verify_reward']:.1%}".replace("%", " %") in text
@@ -235,6 +235,6 @@ def test_opo_against_grpo():
     text = page("opo_vs_grpo")
     for name, table in opo_tables(measured).items():
         assert table in text, name
-    readme = the_table(README, "arm")
-    for cell, found in zip(readme[0][1:], measured["arms"].values(), strict=True):
+    readme = the_table(README, "variant")
+    for cell, found in zip(readme[0][1:], measured["variants"].values(), strict=True):
         assert cell == interval(found["over_seeds"]["pass@1"], 100, 1)

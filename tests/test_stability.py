@@ -17,12 +17,12 @@ from stability_map import (
     START,
     Job,
     Row,
-    arm_of,
     batch_means,
     complete_map,
     jobs_of,
     read,
     summarize,
+    variant_of,
 )
 from stability_report import TITLES, band, block_means, page_tables, plot
 
@@ -39,7 +39,7 @@ def test_the_grid_is_run_seed_by_seed_and_has_no_run_twice():
 
 @pytest.mark.parametrize("row", ROWS)
 def test_rows_differ_in_steps_and_not_in_rollouts(row, tmp_path):
-    _, config_class, settings = arm_of(row)
+    _, config_class, settings = variant_of(row)
     config = config_class(str(tmp_path), num_generations=8, use_cpu=True, bf16=False, **settings)
     fresh = row.steps if row.variant == "grpo_fresh" else 1  # rollout batches per 128 completions
     assert config.generation_batch_size * fresh == 128
@@ -88,7 +88,7 @@ def test_numbers_that_are_not_finite_are_a_result(failing_run, error, weight):
     assert stability_map.pass_at_1(found) == 0
 
 
-def test_any_other_error_stops_the_program(failing_run):
+def test_any_other_error_is_raised(failing_run):
     with pytest.raises(ValueError, match="a mistake"):
         failing_run(ValueError("a mistake"), 1.0)
 
