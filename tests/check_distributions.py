@@ -88,7 +88,7 @@ def main(directory: str) -> None:
         check_commands(Path(folder))
     with tempfile.TemporaryDirectory() as folder:
         check_sdist(sdist, wheel.resolve(), Path(folder))
-    print(f"{wheel.name} and {sdist.name} are whole")
+    print(f"{wheel.name} and {sdist.name} are complete")
 
 
 if __name__ == "__main__":

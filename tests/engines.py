@@ -26,8 +26,8 @@ CONFIGS = ROOT / "examples" / "accelerate_configs"
 PROCESSES = 2
 ENGINES = {"ddp": "MULTI_CPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
 
-# Five groups of four completions a step on two ranks of ten rows: the middle group straddles the ranks. What there is
-# to learn from is uneven, nearly all of it on one rank in the first two steps: "fifteen" has nothing, "seven!" little.
+# Five groups of four completions per step on two ranks of ten rows: the middle group is split across the ranks. The
+# non-zero advantages are uneven, most of them on one rank in the first two steps: "fifteen" has none, "seven!" few.
 UNEVEN = ["one", "six", "three", "fifteen", "seven!"]
 UNEVEN += ["fifteen", "seven!", "six", "twenty two", "one"]
 UNEVEN += ["three", "fifteen", "twenty two", "seven!", "six"]
@@ -88,7 +88,7 @@ EVERY_ENGINE = [
 class Outcome:
     """What a run ended in, as its main process knows it."""
 
-    weights: dict[str, torch.Tensor]  # the trained ones, whole
+    weights: dict[str, torch.Tensor]  # the trained ones, complete
     logs: list[dict[str, float]]
     engine: str  # accelerate's name of what ran
     held_share: float  # of the parameters, by one rank between steps

@@ -23,7 +23,7 @@ class Silent:
     """A solution of a type that nobody foresaw."""
 
 
-# Answers that evaluate to something huge, or that take for ever to compare.
+# Answers that evaluate to something huge, or that do not terminate when compared.
 ANSWERS = {
     "power tower": "9^{9^{9^{9^9}}}",
     "power tower in bare notation": "9^9^9^9^9^9",

@@ -27,10 +27,10 @@ def uncertainty(logps, trained):
 
 @pytest.mark.parametrize("sharpness", [0.1, 1.0, 10.0])
 def test_it_is_the_squared_norm_of_the_score_up_to_a_factor_of_two(sharpness):
-    """With respect to the logits; every token of a vocabulary, from nearly uniform laws to nearly certain ones."""
-    law = (sharpness * torch.randn(50, 11, generator=torch.Generator().manual_seed(0))).double().softmax(dim=-1)
-    norms = (torch.eye(11) - law.unsqueeze(1)).square().sum(dim=2)  # (50, 11): of the score of each token
-    weights = token_uncertainty(law.log().view(-1, 1), torch.ones(550, 1)).view(50, 11)
+    """With respect to the logits; every token of a vocabulary, for nearly uniform to nearly certain distributions."""
+    probs = (sharpness * torch.randn(50, 11, generator=torch.Generator().manual_seed(0))).double().softmax(dim=-1)
+    norms = (torch.eye(11) - probs.unsqueeze(1)).square().sum(dim=2)  # (50, 11): of the score of each token
+    weights = token_uncertainty(probs.log().view(-1, 1), torch.ones(550, 1)).view(50, 11)
     assert (weights <= norms * (1 + 1e-4)).all()
     assert (norms <= 2 * weights * (1 + 1e-4) + 1e-12).all()
 
@@ -85,8 +85,8 @@ def test_a_samplers_log_probabilities_make_it_free(tmp_path):
         output = scripted_rollout(prompts, trainer)
         for i, (prompt, ids) in enumerate(zip(output["prompt_ids"], output["completion_ids"], strict=True)):
             with torch.no_grad():
-                law = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].log_softmax(dim=-1)
-            output["logprobs"][i] = law[torch.arange(len(ids)), ids].tolist()
+                log_probs = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].log_softmax(dim=-1)
+            output["logprobs"][i] = log_probs[torch.arange(len(ids)), ids].tolist()
         return output
 
     trainer = scripted_trainer(

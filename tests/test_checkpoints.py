@@ -1,4 +1,4 @@
-"""A checkpoint counts only when it is whole, and training that has gone bad is not saved."""
+"""Only complete checkpoints are used, and a step with a non-finite number is not saved."""
 
 import copy
 import errno
@@ -170,7 +170,7 @@ def test_a_directory_that_does_not_exist_is_refused_before_training(tmp_path):
 
 
 def test_the_last_checkpoint_is_deleted_only_when_the_next_is_whole(tmp_path, monkeypatch):
-    """With room for one checkpoint, there are two while the second is written."""
+    """With `save_total_limit=1`, there are two checkpoints while the second is written."""
     there = []
 
     def look(checkpoint):
@@ -333,7 +333,7 @@ def test_a_marker_that_cannot_be_written_is_said_and_costs_no_checkpoint(tmp_pat
 
 
 def run_until_killed(output_dir, kill_in_save=None, kill_after=None, **variables):
-    """One attempt of a run that always goes on where it can: the exit status, and what it printed."""
+    """One attempt of a run that resumes if it can: the exit status, and the output."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "KILL_IN_SAVE": str(kill_in_save or ""), **variables}
     process = subprocess.Popen(
         [sys.executable, str(KILLED_RUN), str(output_dir)],

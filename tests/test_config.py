@@ -1,4 +1,4 @@
-"""Every refusal of the on-policy contract, its message and its way out."""
+"""Every refusal of the on-policy contract: its message, with how to fix it."""
 
 import copy
 import dataclasses
@@ -36,7 +36,7 @@ def test_copies_and_pickles_keep_the_token():
         assert (made.hub_token, made.learning_rate) == ("hf_secret", 0.5)
 
 
-# Field, refused value, a value that is accepted (the way out the message names).
+# Field, refused value, an accepted value (how to fix it, in the message).
 REFUSED = [
     ("num_iterations", 2, 1),
     ("beta", 0.04, 0.0),

@@ -277,12 +277,12 @@ def test_kl_of_a_policy_to_itself_is_0_and_needs_equal_lengths():
 def test_long_rows_are_scored_in_chunks_as_in_one(monkeypatch):
     model = tiny_model()
     prompts, completions = [[5, 6, 7], [8]], [[9, 10, 11, 12, 13], [14, 15]]
-    whole = score_completions(model, prompts, completions)
+    one_batch = score_completions(model, prompts, completions)
     monkeypatch.setattr("opo_trl.evaluation.scoring._POSITIONS", 4)
-    for one, other in zip(whole, score_completions(model, prompts, completions), strict=True):
+    for one, other in zip(one_batch, score_completions(model, prompts, completions), strict=True):
         assert other.logps == pytest.approx(one.logps, abs=1e-5)
         assert other.entropies == pytest.approx(one.entropies, abs=1e-5)
-    assert [len(score.logps) for score in whole] == [5, 2]
+    assert [len(score.logps) for score in one_batch] == [5, 2]
 
 
 def record(problem, sample, reward, **others):

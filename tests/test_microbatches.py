@@ -1,4 +1,4 @@
-"""The plan of the update: every row that learns once, no micro-batch empty, never wider than TRL's, fewest tokens."""
+"""The plan of the update: every informative row once, no micro-batch empty, never wider than TRL's, fewest tokens."""
 
 import itertools
 from unittest.mock import patch
@@ -223,11 +223,11 @@ def test_a_micro_batch_is_sliced_before_its_rows_are_copied():
 @given(LENGTHS, st.integers(1, 9), st.data())
 def test_rows_that_learn_are_dealt_once_and_evenly(lengths, num_ranks, data):
     prompts, completions = columns(lengths)
-    learns = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(lengths), max_size=len(lengths)))).bool()
-    hands = assign_rows(prompts + completions, learns, num_ranks)
-    assert len(hands) == num_ranks
-    assert sorted(itertools.chain(*(hand.tolist() for hand in hands))) == learns.nonzero().flatten().tolist()
-    sizes = [len(hand) for hand in hands]
+    informative = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(lengths), max_size=len(lengths)))).bool()
+    rank_rows = assign_rows(prompts + completions, informative, num_ranks)
+    assert len(rank_rows) == num_ranks
+    assert sorted(itertools.chain(*(rows.tolist() for rows in rank_rows))) == informative.nonzero().flatten().tolist()
+    sizes = [len(rows) for rows in rank_rows]
     assert max(sizes) - min(sizes) <= 1
 
 

@@ -78,7 +78,7 @@ def test_a_merged_export_needs_no_peft(tmp_path, adapter):
 
 
 def test_an_adapter_that_cannot_move_is_refused(tmp_path, adapter):
-    """What `from_pretrained` gives by default. TRL trains it without a word, and saves what it was given (trl#6700)."""
+    """What `from_pretrained` gives by default. TRL silently trains it, and saves what it was given (trl#6700)."""
     peft_model(adapter).save_pretrained(tmp_path / "adapter")
     frozen = PeftModel.from_pretrained(tiny_model(), tmp_path / "adapter")
     with pytest.raises(ValueError, match="must have a trainable parameter, got a PeftModel"):

@@ -1,4 +1,4 @@
-"""A SIGTERM costs nothing: the step is finished and saved, and the run goes on from there."""
+"""On SIGTERM the step is finished and saved, and a resumed run continues from there."""
 
 import os
 import signal
@@ -31,8 +31,8 @@ class AskedInTheMiddle(TrainerCallback):
 
 
 def test_a_run_that_is_asked_to_stop_saves_its_step_and_goes_on_to_the_same_bits(tmp_path):
-    whole = sampling_trainer(tmp_path / "whole", tiny_model(), save_strategy="no")
-    whole.train()
+    uninterrupted = sampling_trainer(tmp_path / "uninterrupted", tiny_model(), save_strategy="no")
+    uninterrupted.train()
 
     trainer = sampling_trainer(
         tmp_path / "asked",
@@ -55,7 +55,7 @@ def test_a_run_that_is_asked_to_stop_saves_its_step_and_goes_on_to_the_same_bits
     again = sampling_trainer(tmp_path / "asked", tiny_model(), save_strategy="no")
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == STEPS
-    expected = whole.model.state_dict()
+    expected = uninterrupted.model.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in again.model.state_dict().items())
 
 

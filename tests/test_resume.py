@@ -1,4 +1,4 @@
-"""A run that is resumed ends in the same bits as one that never stopped: really sampled, over more than one epoch."""
+"""A resumed run is bitwise identical to an uninterrupted one, with real sampling and over more than one epoch."""
 
 import pytest
 import torch
@@ -79,14 +79,16 @@ def test_every_epoch_has_an_order_of_its_own(undisturbed):
 
 @pytest.mark.parametrize("step", [1, 3, 4, 6, 7])  # in the first, second and third epoch, and where two of them meet
 def test_a_resumed_run_ends_in_the_same_bits(undisturbed, tmp_path, step):
-    make_model, output_dir, whole, prompts = undisturbed
+    make_model, output_dir, uninterrupted, prompts = undisturbed
     trainer = sampling_trainer(tmp_path, make_model())
     resumed_prompts = prompts_of_each_step(trainer)
     torch.manual_seed(step)  # whatever the random state is: the checkpoint's counts
     trainer.train(resume_from_checkpoint=str(output_dir / f"checkpoint-{step}"))
     assert resumed_prompts == prompts[step:]
-    expected = whole.model.state_dict()
+    expected = uninterrupted.model.state_dict()
     for name, value in trainer.model.state_dict().items():
         assert torch.equal(value, expected[name]), name
     kept = [{k: v for k, v in entry.items() if k != "step_time"} for entry in trainer.state.log_history[:-1]]
-    assert kept == [{k: v for k, v in entry.items() if k != "step_time"} for entry in whole.state.log_history[:-1]]
+    assert kept == [
+        {k: v for k, v in entry.items() if k != "step_time"} for entry in uninterrupted.state.log_history[:-1]
+    ]

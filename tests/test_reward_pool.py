@@ -154,7 +154,7 @@ def test_a_daemonic_process_grades_what_it_can_and_says_so():
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=pool_tasks.grade_and_report, args=(sender,), daemon=True)
     child.start()
-    rewards, pids = receiver.recv() if receiver.poll(30) else ("silence", None)
+    rewards, pids = receiver.recv() if receiver.poll(30) else ("no answer", None)
     child.join(timeout=20)
     assert rewards == [None, None], "neither paid nor punished"
     assert pids == []
@@ -188,7 +188,7 @@ def test_what_we_rely_on_of_pebble_and_loky():
 
 @pytest.mark.slow
 def test_only_those_that_break_lose_among_300():
-    """Six uninterruptible tasks, an allocation bomb, a SIGSEGV and a SIGKILL, dealt among ordinary comparisons."""
+    """Six uninterruptible tasks, an allocation bomb, a SIGSEGV and a SIGKILL, spread over ordinary comparisons."""
     pool = WorkerPool(workers=2, time_limit=2.0, memory_limit=1024)
     tasks, expected = pool_tasks.mixed_batch(300)
     outcomes = pool.run(tasks, time.monotonic() + 60)

@@ -9,7 +9,7 @@ from opo_trl import OPOTrainer
 from opo_trl.on_policy.sampling_settings import NEUTRAL_VALUES, distribution_changes
 from tiny import scripted_dataset, scripted_trainer, tiny_config, tiny_model, tiny_tokenizer
 
-# Settings of GenerationConfig that leave the law of each token alone: when to stop, how to compute, what to return.
+# Settings of GenerationConfig that do not change the sampling distribution: stopping, computation, return values.
 HARMLESS = {
     "_from_model_config", "transformers_version", "is_assistant",
     "max_length", "max_new_tokens", "max_time", "early_stopping", "length_penalty",
@@ -24,7 +24,7 @@ HARMLESS = {
 
 
 def test_every_setting_of_the_installed_transformers_is_judged():
-    """A new release that adds a setting fails here, by name, before it can change the law unseen."""
+    """A setting that a new release adds fails here, by name, before it silently changes the sampling distribution."""
     settings = set(GenerationConfig().to_dict()) - {"temperature"}
     assert settings - HARMLESS - set(NEUTRAL_VALUES) == set()
     assert set(NEUTRAL_VALUES) & HARMLESS == set()

@@ -180,7 +180,7 @@ def test_dropout_of_the_models_config_is_off(tmp_path):
             MixtralConfig,
             {"router_jitter_noise": 0.5, "num_local_experts": 2, "num_key_value_heads": 2},
         ),  # noise on what the router sees
-        (OPTConfig, {"layerdrop": 0.5, "dropout": 0.5, "word_embed_proj_dim": 32}),  # whole layers left out
+        (OPTConfig, {"layerdrop": 0.5, "dropout": 0.5, "word_embed_proj_dim": 32}),  # drops complete layers
     ],
 )
 def test_the_training_forward_of_any_architecture_is_deterministic(tmp_path, config_class, rates):
@@ -237,8 +237,8 @@ def test_masked_tokens_are_attended_but_neither_trained_nor_counted(tmp_path):
 
     update = update_of(scripted_trainer(tmp_path, rollout=rollout, **WHOLE_SCRIPT))
     assert relative_error(update, reinforce_update(tiny_model(), scripted_groups(trained=trained))) < 1e-5
-    whole = reinforce_update(tiny_model(), scripted_groups())
-    assert relative_error(update, whole) > 1e-2
+    complete = reinforce_update(tiny_model(), scripted_groups())
+    assert relative_error(update, complete) > 1e-2
 
 
 def test_tools_are_called_and_their_output_is_not_trained(tmp_path):
@@ -623,7 +623,7 @@ def test_a_batch_that_the_group_size_does_not_divide_is_refused(tmp_path):
 
 def test_resuming_goes_on_where_the_run_stopped(tmp_path):
     straight = scripted_trainer(tmp_path / "a", max_steps=3, optim="adamw_torch", learning_rate=1e-3)
-    whole = update_of(straight)
+    uninterrupted = update_of(straight)
     first = scripted_trainer(
         tmp_path / "b", max_steps=2, save_strategy="steps", save_steps=2, optim="adamw_torch", learning_rate=1e-3
     )
@@ -632,7 +632,7 @@ def test_resuming_goes_on_where_the_run_stopped(tmp_path):
     second.train(resume_from_checkpoint=True)
     before = dict(tiny_model().named_parameters())
     resumed = {name: p.detach() - before[name].detach() for name, p in second.model.named_parameters()}
-    assert relative_error(resumed, whole) < 1e-6
+    assert relative_error(resumed, uninterrupted) < 1e-6
 
 
 def test_evaluation_logs_pass_at_k_of_each_dataset_by_its_name(tmp_path):

@@ -60,7 +60,7 @@ def test_regrouping_and_leaving_out_change_nothing(tmp_path, skip_uninformative,
 
 
 def test_more_micro_batches_than_rows_that_learn(tmp_path):
-    """Four rows learn and twelve micro-batches must run: eight are fillers of two tokens that move nothing."""
+    """Four rows are informative and twelve micro-batches must run: eight are fillers of two tokens without gradient."""
     names = ("fifteen", "one", "seven!")
     trainer = scripted_trainer(
         tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=12, train_dataset=prompts(*names)
@@ -95,10 +95,10 @@ def test_several_steps_each_get_their_own_plan(tmp_path):
     trainer.train()
     assert len(shapes) == 12
     straight = scripted_trainer(tmp_path, per_device_train_batch_size=8, max_steps=3)
-    whole = update_of(straight)
+    complete = update_of(straight)
     start = tiny_model().state_dict()
     moved = {name: p.detach() - start[name] for name, p in trainer.model.named_parameters()}
-    assert relative_error(moved, whole) < 1e-4
+    assert relative_error(moved, complete) < 1e-4
 
 
 @pytest.mark.parametrize(

@@ -85,9 +85,9 @@ def engine_weights(trainer):
 
 def fused(name):
     """Names of the policy's matrices that vLLM holds as one."""
-    for whole, parts in {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}.items():
-        if whole in name:
-            return [name.replace(whole, part) for part in parts]
+    for fused, parts in {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}.items():
+        if fused in name:
+            return [name.replace(fused, part) for part in parts]
     return [name]
 
 
@@ -137,7 +137,7 @@ def test_log_probabilities_arrive_and_the_mismatch_is_logged(run):
 
 
 def test_no_old_policy_forward_runs(run):
-    """Each row that learns runs once, besides a filler for a micro-batch without any; TRL would run each row twice."""
+    """Each informative row runs once, plus a filler for a micro-batch without any; TRL would run each row twice."""
     informative = sum(round(step["opo/informative_fraction"] * ROWS) for step in run.steps)
     assert informative <= run.rows <= informative + 2 * len(run.steps)
 

@@ -52,7 +52,7 @@ def tiny_model(seed: int = 0, **config: Any) -> LlamaForCausalLM:
 
 
 # One group of completions per prompt, with the reward of each. Lengths vary within and between groups, since equal
-# lengths hide every mistake with lengths; None is unscorable; the third group has nothing to learn from.
+# lengths hide every mistake with lengths; None is unscorable; the third group is uninformative.
 SCRIPT: dict[str, list[tuple[str, float | None]]] = {
     "one": [("a", 1.0), ("bbbbbbb", 0.3), ("ccc", -0.2), ("ddddddddddd", 0.9)],
     "three": [("a longer answer", 0.0), ("x", 0.7), ("of several words", None), ("yy", 0.1)],

@@ -1,1 +1,1 @@
-"""What keeps the distribution that samples and the one that is trained the same."""
+"""Checks that completions are sampled from the distribution of the trained policy."""

@@ -9,7 +9,7 @@ def disable_dropout(model: nn.Module) -> None:
     Switch off all randomness of a model's training forward.
 
     That is more than dropout modules: attention layers keep a rate as a plain number, some architectures read it from
-    their config at every forward, others leave out whole layers, and routers add noise to what they see. A config whose
+    their config at every forward, others drop complete layers, and routers add noise to what they see. A config whose
     rates are set to 0 is also saved with 0.
 
     Args:

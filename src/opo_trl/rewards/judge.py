@@ -21,7 +21,7 @@ REWARDS: dict[str, float | None] = {
     "restated": 0.0,
     "no answer": 0.0,
     "too long": 0.0,
-    "too slow": 0.0,  # None would be a safe harbour: an answer that breaks the grader would cost nothing
+    "too slow": 0.0,  # None would let an answer that breaks the grader escape the penalty
     "crashed": 0.0,
     "unusable solution": None,
     "not graded": None,

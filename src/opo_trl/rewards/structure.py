@@ -211,7 +211,7 @@ def _split_list(text: str, outermost: bool) -> tuple[list[str], bool]:
 
 
 def _enclosing(text: str) -> tuple[str, str, str] | None:
-    """The brackets around the whole of `text`, and what is in them."""
+    """The brackets that enclose all of `text`, and their content."""
     tokens = list(_tokens(text))
     if len(tokens) < 2 or tokens[0][0] not in _OPENING or tokens[-1][0] not in _CLOSING or tokens[0][0] == "{":
         return None

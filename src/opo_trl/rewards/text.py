@@ -18,8 +18,9 @@ def final_text(completion: Any, think: ThinkPolicy = "after") -> str:
         completion (`str`, `list[dict]`):
             A plain completion; messages with `role` and `content`; `content` may be a string or a list of parts.
         think (`str`, *optional*, defaults to `"after"`):
-            `"after"`: what follows the last `</think>`, up to a `<think>` that is never closed; the whole text if there
-            are no tags. `"required"`: the same, but empty without a `</think>`. `"ignored"`: the whole text, always.
+            `"after"`: the text after the last `</think>`, up to a `<think>` that is never closed; the complete text if
+            there are no tags. `"required"`: the same, but empty without a `</think>`. `"ignored"`: always the complete
+            text.
 
     Returns:
         `str`: Empty if there is no assistant message with text, whatever the type of `completion`.

@@ -27,7 +27,7 @@ _WARM_UP = [
 
 
 class _TooSlow(BaseException):
-    """Not an `Exception`: sympy and math-verify catch those and go on."""
+    """Not an `Exception`: sympy and math-verify catch those and continue."""
 
 
 def start(memory_limit: int) -> None:

@@ -102,7 +102,7 @@ class BackgroundPushes:
         self._running.append((what, push))
 
     def fail(self, what: str, error: BaseException) -> None:
-        """Remember a push that has failed, and say so."""
+        """Record a failed push and log it."""
         self.failures.append(f"{what}: {describe_error(error)}")
         logger.warning(
             "A push to the Hub failed, %s. Training continues; the files are in output_dir.", self.failures[-1]

@@ -98,10 +98,10 @@ def complete(
     state: PartialState,
 ) -> None:
     """
-    Do what is left of some units of work, each process in turn, appending what comes out to a file.
+    Process the units of work that are not done yet, distributed over the processes, and append the records to a file.
 
-    A unit is a list of (problem, sample) numbers. It is done, or done again, as a whole, by one process in one batch:
-    what it gives depends neither on the number of processes nor on where an earlier run was stopped.
+    A unit is a list of (problem, sample) numbers. One process computes it, or computes it again, completely and in one
+    batch: its records depend neither on the number of processes nor on where an earlier run was interrupted.
     """
     there = {(record["problem"], record["sample"]) for record in read_parts(path)}
     left = [unit for unit in units if not all((ids[problem], sample) in there for problem, sample in unit)]
@@ -220,7 +220,7 @@ def score_task(
 
 
 def check_settings(path: Path, facts: dict[str, Any], state: PartialState) -> None:
-    """Records of other weights, problems or settings must not be continued: refuse them on all processes alike."""
+    """Raise on all processes if the existing records are of other weights, problems or settings."""
     path.parent.mkdir(parents=True, exist_ok=True)
     written = path.with_suffix(".settings.json")
     facts = json.loads(json.dumps(facts))

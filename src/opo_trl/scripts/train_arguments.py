@@ -47,7 +47,7 @@ class MathScriptArguments(ScriptArguments):
             Problems must pass less often than this.
         report (`bool`, *optional*, defaults to `False`):
             Measure held-out pass@1 before training and on the checkpoint loaded back, and write summary.json and
-            curves.png. One process holds the whole model for it.
+            curves.png. One process loads the complete model for it.
         report_samples (`int`, *optional*, defaults to `4`):
             Completions per held-out problem in these two measurements.
     """
