@@ -41,7 +41,14 @@ HUB_DATASETS: dict[str, tuple[str, list[dict[str, str]]]] = {  # name -> its con
     "HuggingFaceH4/MATH-500": ("default", _MATH),
     "HuggingFaceH4/aime_2024": ("default", _MATH),
 }
-ON_THE_CPU = {"use_cpu": True, "bf16": False, "max_steps": 2, "max_completion_length": 16, "report_to": "none"}
+ON_THE_CPU = {
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "max_steps": 2,
+    "max_completion_length": 8,
+    "report_to": "none",
+}
 
 _OFFLINE = {
     "CUDA_VISIBLE_DEVICES": "",

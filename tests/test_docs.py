@@ -1,4 +1,4 @@
-"""README and the documentation: code that runs, commands that exist, links that lead somewhere, true tables."""
+"""README and the documentation: code runs, commands exist, links have targets, tables agree with the code."""
 
 import argparse
 import contextlib
@@ -59,7 +59,7 @@ def test_python_runs_and_prints_what_the_page_says(path):
 
 
 class Accepted(Exception):
-    """A parser has taken the arguments: the script need not go on."""
+    """A parser has accepted the arguments: the script can stop."""
 
 
 @pytest.fixture
@@ -317,7 +317,7 @@ def documented_objects():
 
 
 def test_every_public_name_is_in_the_reference():
-    modules = [importlib.import_module(f"opo_trl{room}") for room in ("", ".rewards", ".data", ".evaluation")]
+    modules = [importlib.import_module(f"opo_trl{package}") for package in ("", ".rewards", ".data", ".evaluation")]
     public = [getattr(module, public_name) for module in modules for public_name in module.__all__]
     documented = documented_objects()
     assert len(documented) > 20

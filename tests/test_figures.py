@@ -106,9 +106,9 @@ def test_the_reward():
     ours, trls, _ = (reward["seconds"] for reward in measured["rewards"])
     assert f"2,048 completions take {ours:.1f} s" in " ".join(README.split())
     assert f"{trls:.1f} s with TRL's `accuracy_reward`" in " ".join(README.split())
-    assert f"take {measured['broken batch']['seconds']:.1f} s" in text
+    assert f"takes {measured['broken batch']['seconds']:.1f} s" in text
     copied = measured["problems rewarded for a copied formula"]
-    assert f"{copied['the same without prompts']:.1%}".replace("%", " % would pay") in text
+    assert f"{copied['the same without prompts']:.1%}".replace("%", " % would reward") in text
     assert f"boxed solutions: {copied['TRL accuracy_reward']:.1%}".replace("%", " %") in text
     assert f"it is {copied['math_verify_reward']:.1%}".replace("%", " %") in text
 
@@ -223,7 +223,7 @@ def test_the_variance():
     ratios = {
         size: found["OPO"]["over_group_mean"]["value"] for size, found in measured["fresh"]["group_sizes"].items()
     }
-    assert f"{min(ratios.values()):.1f} to {max(ratios.values()):.1f} times as much as the plain mean's" in text
+    assert f"{min(ratios.values()):.1f} to {max(ratios.values()):.1f} times the plain mean's" in text
     readme = " ".join(README.split())
     uncertainty = measured["trained"]["group_sizes"]["8"]["uncertainty"]["over_group_mean"]["value"]
     assert f"{ratios['8']:.1f} times the plain mean's" in readme
