@@ -1,11 +1,11 @@
-"""Make the tiny policy of the quickstart: a character-level Llama, warmed up on worked sums.
+"""Make the tiny policy of the quickstart: a character-level Llama, pre-trained on sums.
 
     python examples/make_tiny_policy.py
 
-Some of the solutions it sees go step by step (`17+8=25,25-12=13 \\boxed{13}`), and some are guesses, made at once and
-mostly off by a little (`\\boxed{14}`). So the policy starts out doing either, and what OPO has to find out is that
-working in steps pays. Takes about 5 minutes on one core and writes the weights (about 430 kB) and the tokenizer to the
-package's copy, or to `--output_dir`.
+Some of the solutions in the training data are in steps (`17+8=25,25-12=13 \\boxed{13}`). The others are direct guesses,
+mostly with a small error (`\\boxed{14}`). So the initial policy samples both forms, and OPO trains it to work in steps.
+Takes about 5 minutes on one core and writes the weights (about 430 kB) and the tokenizer to the package's copy, or to
+`--output_dir`.
 """
 
 import argparse
@@ -30,7 +30,7 @@ NUM_PROBLEMS = 20_000
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character, and one for the opening of a box."""
+    """One token per character, and one for the start of a box."""
     tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(VOCABULARY)}, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\\boxed\{|."), "isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -38,7 +38,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model() -> LlamaForCausalLM:
-    """Head dimension 32, the smallest that vLLM takes."""
+    """A Llama with head dimension 32, the smallest that vLLM supports."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(VOCABULARY),
@@ -57,7 +57,7 @@ def make_model() -> LlamaForCausalLM:
 
 
 def make_batch(problems: Dataset, tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> dict[str, torch.Tensor]:
-    """Draw left-padded token ids and labels (B, T); only the solution carries a label."""
+    """Sample left-padded token ids and labels (B, T); only the solution has labels."""
     pairs = []
     for index in rng.choices(range(len(problems)), k=BATCH_SIZE):
         row = problems[index]

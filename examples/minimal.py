@@ -17,7 +17,7 @@ problems = Dataset.from_list([{"prompt": f"{a}+{b}+{c}=?", "answer": a + b + c} 
 
 
 def last_number_is_right(completions, answer, **kwargs):
-    """1 for a completion whose last number is the answer; a column of the dataset is an argument."""
+    """1 if the last number of a completion is the answer; columns of the dataset are passed as arguments."""
     numbers = [re.findall(r"\d+", completion) for completion in completions]
     return [float(found[-1:] == [str(right)]) for found, right in zip(numbers, answer, strict=True)]
 
@@ -25,12 +25,12 @@ def last_number_is_right(completions, answer, **kwargs):
 config = OPOConfig(
     output_dir="outputs/minimal",
     max_steps=60,
-    learning_rate=1e-4,  # for 100,000 parameters; a real model takes 1e-6 or so
+    learning_rate=1e-4,  # for 100,000 parameters; about 1e-6 for a larger model
     num_generations=8,  # completions per problem, the group of a baseline
     per_device_train_batch_size=128,  # completions per step: 16 problems
     max_completion_length=32,
     logging_steps=10,
-    use_cpu=True,  # on a GPU, leave this line and the next two out
+    use_cpu=True,  # on a GPU, remove this line and the next two
     bf16=False,
     gradient_checkpointing=False,
 )

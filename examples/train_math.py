@@ -1,10 +1,10 @@
 """
-Train a causal language model on math problems with OPO. Without arguments: the quickstart, on a CPU, in minutes.
+Train a causal language model on math problems with OPO. Without arguments, runs the quickstart on a CPU, in minutes.
 
     accelerate launch --quiet examples/train_math.py
 
-It is part of the package, so `accelerate launch --quiet -m opo_trl.scripts.train_math` does the same without a
-checkout; its source, `src/opo_trl/scripts/train_math.py`, has the commands for real models.
+The script is part of the package: `accelerate launch --quiet -m opo_trl.scripts.train_math` does the same
+without a checkout. Its source, `src/opo_trl/scripts/train_math.py`, has the commands for larger models.
 """
 
 from opo_trl.scripts.train_math import run
