@@ -1,21 +1,29 @@
 """
-What dealing rows across ranks gains: data parallel waits for the slowest rank, and rows are not alike.
+What assigning rows to ranks gains, and what it moves: data parallel waits for the slowest rank, and rows are not alike.
 
-    python benchmarks/rank_balance.py
+    python benchmarks/rank_balance.py            # tables, and a file in benchmarks/results; about a minute
+    python benchmarks/rank_balance.py --traffic  # only what is moved and held, and the file; a few seconds
 
 Simulated in padded tokens, for 1, 2 and 8 ranks: rollout batches with log-normal lengths, of which a share of groups
-has nothing to learn from, cut by the package's own planner. "own rows" keeps on every rank the rows it sampled; "dealt"
-spreads all rows that learn over the ranks, as the trainer does. Under DDP ranks meet once a step, so a step costs the
-largest total of a rank; under ZeRO-3 and FSDP they meet in every micro-batch, so it costs the sum of the largest.
-Speed-ups are against TRL's plan: every row, padded to the longest of the rank's batch.
+has nothing to learn from, cut by the package's own planner. "own rows" keeps on every rank the rows it sampled;
+"assigned" spreads all informative rows over the ranks, as the trainer does. Under DDP ranks meet once a step, so a step
+costs the largest total of a rank; under ZeRO-3 and FSDP they meet in every micro-batch, so it costs the sum of the
+largest. Speed-ups are against TRL's plan: every row, padded to the longest of the rank's batch.
 
-Last comes what the limit on the largest micro-batch costs: real over padded tokens, at several shares of TRL's.
+Next comes what the limit on the largest micro-batch costs: real over padded tokens, at several shares of TRL's. Last
+comes what ranks receive and hold when rows are assigned, before and after only those that change rank were moved
+(`benchmarks/row_traffic.py`): two ranks run as processes, the others counted.
 """
 
+import argparse
+import json
 import statistics
+from pathlib import Path
 
 import torch
 
+import row_traffic
+from measuring import RESULTS, provenance
 from opo_trl.update.microbatches import MEMORY_SHARE, plan_microbatches
 from opo_trl.update.planner import UpdatePlanner
 
@@ -51,7 +59,7 @@ def simulate(ranks: int, rows: int, micro_batches: int, uninformative: float) ->
         largest = int(MEMORY_SHARE * rows // micro_batches * max(widths))
         for name, hands in (
             ("own rows", [hand[learns[hand]] for hand in own]),
-            ("dealt", UpdatePlanner(micro_batches, num_ranks=ranks).assign(lengths + PROMPT_LENGTH, learns)),
+            ("assigned", UpdatePlanner(micro_batches, num_ranks=ranks).assign(lengths + PROMPT_LENGTH, learns)),
         ):
             costs = torch.tensor([micro_batch_tokens(lengths[hand], micro_batches, largest) for hand in hands])
             speedups.setdefault(f"{name}, DDP", []).append(trl / float(costs.sum(dim=1).max()))
@@ -71,20 +79,33 @@ def token_efficiency(memory_share: float, rows: int = 64, micro_batches: int = 8
     return real / padded
 
 
-def main() -> None:
-    print(f"{'ranks x rows, micro-batches, uninformative':46}{'DDP: own':>10}{'dealt':>8}{'gain':>7}"
-          f"{'ZeRO-3: own':>14}{'dealt':>8}{'gain':>7}")  # fmt: skip
+def print_simulated() -> None:
+    print(f"{'ranks x rows, micro-batches, uninformative':46}{'DDP: own':>10}{'assigned':>9}{'gain':>7}"
+          f"{'ZeRO-3: own':>14}{'assigned':>9}{'gain':>7}")  # fmt: skip
     for rows, micro_batches in ((64, 8), (16, 8), (64, 64)):
         for uninformative in (0.0, 0.5):
             for ranks in (1, 2, 8):
                 s = simulate(ranks, rows, micro_batches, uninformative)
                 cells = []
                 for engine in ("DDP", "ZeRO-3"):
-                    own, dealt = s[f"own rows, {engine}"], s[f"dealt, {engine}"]
-                    cells.append(f"{own:9.2f}x{dealt:7.2f}x{dealt / own - 1:+7.0%}")
+                    own, assigned = s[f"own rows, {engine}"], s[f"assigned, {engine}"]
+                    cells.append(f"{own:9.2f}x{assigned:8.2f}x{assigned / own - 1:+7.0%}")
                 print(f"{f'{ranks} x {rows}, {micro_batches}, {uninformative}':46}{cells[0]}    {cells[1]}", flush=True)
     for share in (1.0, 0.75, 0.5, 0.4):
         print(f"largest micro-batch at most {share} of TRL's: {token_efficiency(share):.3f} of the tokens are real")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--traffic", action="store_true", help="only what is moved and held")
+    parser.add_argument("--output", type=Path, default=RESULTS / "rank_balance.json")
+    args = parser.parse_args()
+    if not args.traffic:
+        print_simulated()
+    report = {**provenance("accelerate"), **row_traffic.measure()}
+    args.output.write_text(json.dumps(report, indent=2) + "\n")
+    print(f"{row_traffic.page_table(report)}\n\n{row_traffic.page_sentence(report)}")
+    print(f"written to {args.output}")
 
 
 if __name__ == "__main__":

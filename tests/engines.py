@@ -18,7 +18,15 @@ from transformers import AutoModelForCausalLM
 
 from opo_trl import OPOTrainer
 from opo_trl.runs.checkpoints import latest_complete
-from tiny import relative_error, rollout_with_empty_completions, scripted_dataset, scripted_trainer, tiny_model
+from tiny import (
+    TokenBaseline,
+    relative_error,
+    rollout_with_empty_completions,
+    rollout_with_every_column,
+    scripted_dataset,
+    scripted_trainer,
+    tiny_model,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKER = Path(__file__).with_name("engine_worker.py")
@@ -42,6 +50,18 @@ CASES: dict[str, dict[str, Any]] = {
     "full, AdamW": {**STEPS, **ADAMW},
     "full, uncertainty": {**STEPS, "baseline_weight": "uncertainty"},
     "full, empty completions": {**STEPS, "rollout": rollout_with_empty_completions},
+    "every column": {
+        **STEPS,
+        "trainer_class": TokenBaseline,
+        "rollout": rollout_with_every_column,
+        "rollout_importance_sampling_correction": True,
+    },
+    "token uncertainty": {
+        **STEPS,
+        "trainer_class": TokenBaseline,
+        "rollout": rollout_with_every_column,
+        "baseline_weight": "uncertainty",
+    },
     "LoRA": {**STEPS, "lora": LORA},
     "LoRA, checkpointing": {**STEPS, "lora": LORA, "gradient_checkpointing": True},
     "LoRA, AdamW": {**STEPS, **ADAMW, "lora": LORA},
@@ -76,11 +96,11 @@ STOPPED = {
 BAD_NUMBERS = {"infinite loss": float("inf"), "NaN loss": float("nan"), "NaN gradient": None}
 
 
-# transformers evaluates before training under plain data parallel only.
+# transformers evaluates before training under plain data parallel only, and columns are the planner's matter alone.
 EVERY_ENGINE = [
     case
     for case, settings in CASES.items()
-    if settings.get("gradient_accumulation_steps") == 5 and "evaluate_first" not in settings
+    if settings.get("gradient_accumulation_steps") == 5 and not settings.keys() & {"evaluate_first", "trainer_class"}
 ]
 
 
@@ -116,7 +136,10 @@ def trainer_of(case: str, output_dir: Path, processes: int, **engine: Any) -> OP
     if prompts is not None:
         settings["train_dataset"] = Dataset.from_dict({"prompt": prompts})
     settings["per_device_train_batch_size"] *= PROCESSES // processes
-    return scripted_trainer(output_dir, scripted_model(case), **settings)
+    trainer_class = settings.pop("trainer_class", OPOTrainer)
+    trainer = scripted_trainer(output_dir, scripted_model(case), **settings)
+    trainer.__class__ = trainer_class
+    return trainer
 
 
 def evaluating_trainer(case: str, output_dir: Path, processes: int, **engine: Any) -> OPOTrainer:

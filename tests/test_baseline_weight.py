@@ -3,12 +3,17 @@
 import pytest
 import torch
 
+from opo_trl import OPOTrainer
+from opo_trl.algorithm.baselines import no_baseline
 from opo_trl.baselines import token_uncertainty
+from opo_trl.update import planner
+from opo_trl.update.microbatches import plan_microbatches
+from test_rollout import token_oracle
 from test_trainer import WHOLE_SCRIPT, reinforce_update, scripted_groups
 from test_update import record_forwards
 from tiny import (
-    GROUP_SIZE,
     SCRIPT,
+    TokenBaseline,
     relative_error,
     scripted_dataset,
     scripted_rollout,
@@ -70,11 +75,41 @@ def test_it_costs_a_forward_of_the_groups_that_teach_and_no_more(tmp_path):
         trainer = scripted_trainer(tmp_path, baseline_weight=weight, **settings)
         shapes[weight] = record_forwards(trainer.model)
         trainer.train()
-    assert shapes["uncertainty"][-4:] == shapes["length"], "the update itself is the same"
-    extra = shapes["uncertainty"][:-4]
+    extra, update = shapes["uncertainty"][:4], shapes["uncertainty"][4:]
+    assert extra == update == shapes["length"], "as many on every rank, and the same micro-batches"
     teaching = [rows for rows in SCRIPT.values() if len({reward for _, reward in rows if reward is not None}) > 1]
-    assert len(extra) == 4, "as many on every rank, whatever its rows are"
-    assert sum(rows for rows, _ in extra) == GROUP_SIZE * len(teaching) < GROUP_SIZE * len(SCRIPT)
+    assert sum(rows for rows, _ in extra) == sum(reward is not None for rows in teaching for _, reward in rows)
+
+
+class NoBaseline(OPOTrainer):
+    """Also a group whose rewards are all equal is informative, which the plan before the advantages leaves out."""
+
+    def baseline(self, rewards, weights):
+        return no_baseline(rewards, weights)
+
+
+@pytest.mark.parametrize(
+    ("weight", "trainer_class", "plans"),
+    [
+        ("length", OPOTrainer, 1),
+        ("uncertainty", OPOTrainer, 1),
+        ("uncertainty", TokenBaseline, 1),
+        ("uncertainty", NoBaseline, 2),
+    ],
+)
+def test_a_step_is_planned_once(tmp_path, monkeypatch, weight, trainer_class, plans):
+    counted = []
+    monkeypatch.setattr(
+        planner, "plan_microbatches", lambda *args, **kwargs: counted.append(1) or plan_microbatches(*args, **kwargs)
+    )
+    settings = {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 4}
+    trainer = scripted_trainer(tmp_path, baseline_weight=weight, **settings)
+    trainer.__class__ = trainer_class
+    update = update_of(trainer)
+    assert len(counted) == plans
+    if trainer_class is NoBaseline:
+        groups = scripted_groups()
+        assert relative_error(update, token_oracle(groups, lambda g, k, t: groups[g][k][3])) < 1e-5
 
 
 def test_a_samplers_log_probabilities_make_it_free(tmp_path):

@@ -20,7 +20,7 @@ from opo_trl.runs.checkpoints import incomplete_reason, latest_complete
 from tiny import SCRIPT
 
 QUICK = ["full", "full, evaluated first", "full, uncertainty", "full, empty completions"]
-QUICK += ["LoRA", "one micro-batch", "dr_grpo", "idle rank"]
+QUICK += ["every column", "token uncertainty", "LoRA", "one micro-batch", "dr_grpo", "idle rank"]
 PREEMPTED = ["preempted", "preempted, LoRA"]
 FULL_DISK = "full disk on rank 1"
 

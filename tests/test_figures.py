@@ -76,13 +76,15 @@ def test_the_simulated_ranks():
     def speedups(case, uninformative=0.5):
         ranks, rows, micro_batches = (int(word) for word in case.replace(" x ", ", ").split(", "))
         found = rank_balance.simulate(ranks, rows, micro_batches, uninformative)
-        return [found[f"{plan}, {engine}"] for engine in ("DDP", "ZeRO-3") for plan in ("own rows", "dealt")]
+        return [found[f"{plan}, {engine}"] for engine in ("DDP", "ZeRO-3") for plan in ("own rows", "assigned")]
 
     for case, *cells in the_table(page("update"), "ranks x rows, micro-batches"):
         assert cells == [f"{value:.2f}x" for value in speedups(case)], case
     eight = [[f"{value:.1f}x" for value in speedups("8 x 64, 8", uninformative)] for uninformative in (0.5, 0.0)]
     readme = the_table(README, "half of the groups uninformative")
-    assert [row[2] for row in readme] == [f"{dealt} (DDP), {sharded} (ZeRO-3, FSDP)" for _, dealt, _, sharded in eight]
+    assert [row[2] for row in readme] == [
+        f"{assigned} (DDP), {sharded} (ZeRO-3, FSDP)" for _, assigned, _, sharded in eight
+    ]
     shares, efficiencies = next(table for table in tables(page("update")) if table[0][0].startswith("share of TRL's"))
     assert efficiencies[1:] == [f"{rank_balance.token_efficiency(float(share)):.3f}" for share in shares[1:]]
 

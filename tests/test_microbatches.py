@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from opo_trl.update import cheapest_cut
 from opo_trl.update.cheapest_cut import EXACT_ROWS
-from opo_trl.update.microbatches import MEMORY_SHARE, MicroBatch, assign_rows, cut_rows, plan_microbatches
+from opo_trl.update.microbatches import EQUAL_LENGTH, MEMORY_SHARE, assign_rows, plan_microbatches
 
 LENGTHS = st.lists(st.tuples(st.integers(1, 40), st.integers(0, 500)), min_size=0, max_size=40)
 EXACT_UP_TO = st.sampled_from([0, EXACT_ROWS])  # with 0, few rows are planned as many are
@@ -206,20 +206,6 @@ def test_16384_rows_in_256_micro_batches(distribution):
     assert efficiency > {"log-normal": 0.99, "any prompts": 0.63}[distribution]
 
 
-def test_a_micro_batch_is_sliced_before_its_rows_are_copied():
-    rows = {
-        "prompt_ids": torch.arange(40).view(4, 10),
-        "completion_ids": torch.arange(80).view(4, 20),
-        "advantages": torch.arange(4.0),
-    }
-    part = cut_rows(rows, torch.tensor([3, 1, 0]), MicroBatch(torch.tensor([0, 2]), 2, 3))
-    assert part["prompt_ids"].tolist() == [[38, 39], [8, 9]]
-    assert part["completion_ids"].tolist() == [[60, 61, 62], [0, 1, 2]]
-    assert part["advantages"].tolist() == [3.0, 0.0]
-    for tensor in part.values():  # nothing of the full width is kept
-        assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-
-
 @given(LENGTHS, st.integers(1, 9), st.data())
 def test_rows_that_learn_are_dealt_once_and_evenly(lengths, num_ranks, data):
     prompts, completions = columns(lengths)
@@ -229,6 +215,35 @@ def test_rows_that_learn_are_dealt_once_and_evenly(lengths, num_ranks, data):
     assert sorted(itertools.chain(*(rows.tolist() for rows in rank_rows))) == informative.nonzero().flatten().tolist()
     sizes = [len(rows) for rows in rank_rows]
     assert max(sizes) - min(sizes) <= 1
+
+
+@given(LENGTHS, st.integers(1, 9), st.data())
+def test_each_rank_gets_the_lengths_of_back_and_forth(lengths, num_ranks, data):
+    """Up to half a percent, from the longest to the shortest, whichever rows stay where they were sampled."""
+    tokens = torch.tensor([sum(pair) for pair in lengths], dtype=torch.long)
+    learns = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(lengths), max_size=len(lengths)))).bool()
+    ranked = tokens[learns].sort(descending=True).values
+    place = torch.arange(len(ranked)) % (2 * num_ranks)
+    expected = [ranked[(place == rank) | (place == 2 * num_ranks - 1 - rank)] for rank in range(num_ranks)]
+    hands = assign_rows(tokens, learns, num_ranks)
+    for hand, lengths_of_rank in zip(hands, expected, strict=True):
+        assert (tokens[hand] - lengths_of_rank).abs().le(EQUAL_LENGTH * lengths_of_rank).all()
+
+
+def test_a_row_stays_on_its_rank_where_lengths_are_equal():
+    every = torch.ones(32, dtype=torch.bool)
+    equal = assign_rows(torch.full((32,), 7), every, 4)
+    assert [sorted(hand.tolist()) for hand in equal] == torch.arange(32).view(4, 8).tolist()
+    some = (torch.arange(32) // 8 + torch.arange(32)) % 2 == 0  # half of the rows of each rank, at other places
+    assert all((hand // 8 == rank).all() for rank, hand in enumerate(assign_rows(torch.full((32,), 7), some, 4)))
+    generator = torch.Generator().manual_seed(0)
+    stay = {}
+    for longest in (10_040, 20_000):
+        lengths = torch.randint(10_000, longest, (512,), generator=generator)
+        hands = assign_rows(lengths, torch.ones(512, dtype=torch.bool), 8)
+        stay[longest] = sum(int((hand // 64 == rank).sum()) for rank, hand in enumerate(hands)) / 512
+    assert stay[10_040] > 0.6, "all lengths count as equal"
+    assert stay[20_000] > 0.25, "1 / 8 of them by chance"
 
 
 def test_dealing_balances_tokens():

@@ -12,7 +12,7 @@ from opo_trl.algorithm.rollout import estimate_advantages
 from opo_trl.baselines import opo_advantages, optimal_baseline
 from test_baselines import batches
 from test_trainer import MAX_LENGTH, WHOLE_SCRIPT, scripted_groups
-from tiny import relative_error, scripted_trainer, tiny_model, update_of
+from tiny import TokenBaseline, relative_error, scripted_trainer, tiny_model, update_of
 
 NAN = math.nan
 
@@ -106,16 +106,6 @@ def test_a_step_with_another_baseline(tmp_path, batch_size, accumulation):
     assert relative_error(update_of(trainer), token_oracle(groups, advantage)) < 1e-5
     log = trainer.state.log_history[0]
     assert log["opo/informative_fraction"] < 1
-
-
-class TokenBaseline(OPOTrainer):
-    """Token t is compared with the rewards weighed by each completion's tokens up to t."""
-
-    weigh_tokens = True
-
-    def baseline(self, rewards, weights):
-        energy = weights.cumsum(dim=2)
-        return (energy * rewards.unsqueeze(2)).sum(dim=1, keepdim=True) / energy.sum(dim=1, keepdim=True).clamp(min=1)
 
 
 @pytest.mark.parametrize(("batch_size", "accumulation"), [(24, 1), (6, 4), (1, 24)])

@@ -2,12 +2,16 @@
 
 import math
 import re
+import weakref
 
 import pytest
 import torch
 from datasets import Dataset
 from trl import GRPOTrainer
 
+from opo_trl import OPOTrainer
+from opo_trl.update.planner import UpdatePlanner
+from opo_trl.update.step_plan import StepPlan
 from test_trainer import WHOLE_SCRIPT, expected_advantages, reinforce_update, scripted_groups
 from tiny import (
     GROUP_SIZE,
@@ -128,6 +132,70 @@ def test_a_router_keeps_the_parents_plan_and_the_reason_is_logged_once(tmp_path,
     router = scripted_trainer(tmp_path)
     router.aux_loss_enabled = True
     assert "auxiliary loss" in router._obstacle({"advantages": torch.zeros(8)})
+
+
+def references(batches):
+    """To the rows of some batches, without keeping them."""
+    return [weakref.ref(value) for batch in batches for value in batch.values() if value.ndim]
+
+
+def alive(batches):
+    return sum(reference() is not None for reference in batches)
+
+
+def test_no_batch_outlives_its_use(tmp_path, monkeypatch):
+    """TRL's copy is freed before rows are assigned, a micro-batch once it has run, an evaluation batch likewise."""
+    parents, ours, evaluated, found = [], [], [], []
+    prepare, generate, plan_step = (
+        GRPOTrainer._prepare_inputs,
+        OPOTrainer._generate_and_score_completions,
+        UpdatePlanner.plan_step,
+    )
+    make = StepPlan.micro_batches
+
+    def prepare_inputs(self, batch):
+        inputs = prepare(self, batch)
+        if self.model.training and self._step % 4 == 0:
+            parents.extend(references(self._buffered_inputs))
+        return inputs
+
+    def plan(*args, **kwargs):
+        found.append(alive(parents))
+        step = plan_step(*args, **kwargs)
+        ours.extend(references([step.source, step.rows.columns]))
+        return step
+
+    def micro_batches(self):
+        made = make(self)
+        ours.extend(references(made))
+        return made
+
+    def generate_and_score(self, inputs):
+        found.append(alive(evaluated) + alive(ours))
+        output = generate(self, inputs)
+        if not self.model.training:
+            evaluated.extend(references([output]))
+        return output
+
+    monkeypatch.setattr(GRPOTrainer, "_prepare_inputs", prepare_inputs)
+    monkeypatch.setattr(UpdatePlanner, "plan_step", plan)
+    monkeypatch.setattr(StepPlan, "micro_batches", micro_batches)
+    monkeypatch.setattr(OPOTrainer, "_generate_and_score_completions", generate_and_score)
+    settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "max_steps": 2}
+    trainer = scripted_trainer(
+        tmp_path,
+        eval_dataset=prompts("one", "six", "three"),
+        per_device_eval_batch_size=4,
+        eval_on_start=True,
+        **settings,
+    )
+    trainer.train()
+    trainer.evaluate()
+    found.append(alive(evaluated) + alive(ours))
+    assert parents
+    assert ours
+    assert evaluated
+    assert set(found) == {0}
 
 
 # The correction of a sampler whose numerics differ from the trained model's.

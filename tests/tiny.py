@@ -1,5 +1,6 @@
 """Tiny models, tokenizers and scripted rollouts that several tests and the distributed worker share."""
 
+import math
 import string
 from collections.abc import Callable
 from typing import Any
@@ -95,8 +96,29 @@ def rollout_with_empty_completions(prompts: list[str], trainer: Any) -> dict[str
     return output
 
 
+def rollout_with_every_column(prompts: list[str], trainer: Any) -> dict[str, Any]:
+    """The script with the log-probabilities of a sampler with other numerics, and tool output in its completions."""
+    output = scripted_rollout(prompts, trainer)
+    logprobs = [
+        [-4.0 + 1.5 * math.sin(7 * token + i) for i, token in enumerate(ids)] for ids in output["completion_ids"]
+    ]
+    env_mask = [[int(i % 3 != 1) for i in range(len(ids))] for ids in output["completion_ids"]]
+    return {**output, "logprobs": logprobs, "env_mask": env_mask}
+
+
 def scripted_reward(completions: list[Any], score: list[float | None], **kwargs: Any) -> list[float | None]:
     return score
+
+
+class TokenBaseline(OPOTrainer):
+    """Token t is compared with the rewards weighed by each completion's tokens up to t."""
+
+    weigh_tokens = True
+
+    def baseline(self, rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        energy = weights.cumsum(dim=2)
+        weighted = (energy * rewards.unsqueeze(2)).sum(dim=1, keepdim=True)
+        return weighted / energy.sum(dim=1, keepdim=True).clamp(min=1e-9)
 
 
 def tiny_config(output_dir: Any, **overrides: Any) -> OPOConfig:

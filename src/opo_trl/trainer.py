@@ -25,10 +25,11 @@ from .on_policy.sampling_settings import check_generation_config
 from .rollouts.learning_signal import NoSignalWarning
 from .runs.reliable_runs import ReliableRuns
 from .runs.tracking import versions
-from .update.extra_forward import score_rows
+from .update.extra_forward import score_batch, score_planned_rows
 from .update.planner import UpdatePlanner
-from .update.regrouping import agree_on_obstacle, regrouping_obstacle
-from .update.rollout_batch import FORWARD_ARGUMENTS, loss_mask, padding_fraction
+from .update.regrouping import ObstacleAgreement, regrouping_obstacle
+from .update.rollout_batch import FORWARD_ARGUMENTS, count_tokens, loss_mask
+from .update.step_plan import StepPlan
 from .update.step_statistics import StepStatistics
 
 logger = get_logger(__name__)
@@ -95,6 +96,7 @@ class OPOTrainer(ReliableRuns, GRPOTrainer):
     args: OPOConfig
     model: Any
     _logs: dict[str, Any]
+    _buffered_inputs: Any
     vllm_importance_sampling_correction: bool
 
     _tag_names = ["trl", "opo"]
@@ -150,11 +152,12 @@ class OPOTrainer(ReliableRuns, GRPOTrainer):
             pad_to_multiple_of=self.pad_to_multiple_of,
         )
         self._statistics = StepStatistics()
-        self._reported: set[str] = set()  # why TRL's micro-batches were kept
+        self._agreement = ObstacleAgreement(self.accelerator)
         self._correct = CorrectCompletions(pass_at_k_reward(args.pass_at_k_reward, reward_funcs))
         # TRL calls the overrides below from one method of its own, which passes no values between them.
         self._rewards_per_func: torch.Tensor | None = None  # from scoring to the advantages
         self._rollout_batch: dict[str, Any] | None = None  # from the advantages to the micro-batches
+        self._early_plan: StepPlan | None = None  # from the weights to the micro-batches
 
     def baseline(self, rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         r"""
@@ -205,7 +208,7 @@ class OPOTrainer(ReliableRuns, GRPOTrainer):
 
     def _drop_unfinished_step(self) -> None:
         super()._drop_unfinished_step()
-        self._rollout_batch = None
+        self._rollout_batch = self._early_plan = None
         self._statistics = StepStatistics()
 
     def _describe(self) -> dict[str, Any]:
@@ -262,11 +265,12 @@ class OPOTrainer(ReliableRuns, GRPOTrainer):
         """What the baseline weighs by; the length where all rewards of a group are equal: any weight does there."""
         if self.args.baseline_weight == "length" and not self.weigh_tokens:
             return lengths
-        lowest, highest = reward_range(rewards, takes_part(rewards, lengths))  # (P, 1)
+        scored = takes_part(rewards, lengths)  # (P, K)
+        lowest, highest = reward_range(rewards, scored)  # (P, 1)
         differ = (lowest < highest).expand_as(rewards)  # (P, K)
         weights = mask = loss_mask(batch).float()  # (N, C), of this rank
         if self.args.baseline_weight == "uncertainty":
-            chosen = differ.flatten()[self._rows_of_rank(batch)]  # (N,)
+            chosen = (differ & scored).flatten()[self._rows_of_rank(batch)]  # (N,)
             weights = torch.where(chosen.unsqueeze(1), uncertainties(self._logps(batch, chosen), mask), mask)
         if not self.weigh_tokens:
             return torch.where(differ, self.accelerator.gather(weights.sum(dim=1)).view_as(rewards), lengths)
@@ -277,28 +281,37 @@ class OPOTrainer(ReliableRuns, GRPOTrainer):
         """Log-probabilities of the chosen rows of this rank: the sampler's own if the loss corrects them."""
         if self._corrects_sampler and "sampling_per_token_logps" in batch:
             return batch["sampling_per_token_logps"].nan_to_num(0.0)
-        planner = self._planner if self.model.training else UpdatePlanner(micro_batches=1)
         score = lambda part, batch_size: self._token_scores(self.model, part, batch_size=batch_size)[0]  # noqa: E731
-        return score_rows(batch, chosen, planner, score, regroup=self._obstacle(batch) is None)
+        planner, obstacle = UpdatePlanner(micro_batches=1), self._obstacle(batch)
+        if self.model.training:
+            planner, obstacle = self._planner, self._agreement.agree(obstacle, batch)
+        if obstacle is not None:
+            return score_batch(batch, planner.micro_batches, score)
+        step = planner.plan_before_advantages(batch, chosen, self.accelerator)
+        self._early_plan = step if self.model.training else None
+        return score_planned_rows(step, batch["completion_ids"].size(1), score)
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         if self.model.training:
             check_position(self.accelerator, self._step, self.args.steps_per_generation)
-        self._rollout_batch = None
+        self._rollout_batch = self._early_plan = None
         inputs: dict[str, Any] = super()._prepare_inputs(generation_batch)
         batch, self._rollout_batch = self._rollout_batch, None
-        if not self.model.training or batch is None:
-            return inputs  # evaluation, or a later micro-batch of the step
-        obstacle = agree_on_obstacle(self.accelerator, self._obstacle(batch), batch)
-        if obstacle is None:
-            self._buffered_inputs = self._planner.plan_step(batch, self.accelerator)
-        elif obstacle not in self._reported:
-            self._reported.add(obstacle)
-            logger.warning(
-                "The update keeps TRL's micro-batches, which is slower and has the same gradient: %s.", obstacle
-            )
-        self._metrics["train"]["opo/padding_fraction"].append(padding_fraction(self._buffered_inputs, self.accelerator))
-        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+        earlier, self._early_plan = self._early_plan, None
+        if not self.model.training:
+            return inputs
+        if batch is not None:  # the first micro-batch of a step
+            if self._agreement.agree(self._obstacle(batch), batch) is None:
+                del inputs
+                self._buffered_inputs = None  # frees TRL's copy before rows move, and the batch before they are padded
+                step = self._planner.plan_step(batch, self.accelerator, earlier)
+                del batch, earlier
+                self._buffered_inputs = step.micro_batches()
+            attended, padded = count_tokens(self._buffered_inputs)
+            self._statistics.add_ratio("opo/padding_fraction", padded - attended, padded)
+        position = self._step % self.args.steps_per_generation
+        micro_batch, self._buffered_inputs[position] = self._buffered_inputs[position], None  # each runs once
+        return micro_batch
 
     def _obstacle(self, batch: dict[str, Any]) -> str | None:
         return regrouping_obstacle(

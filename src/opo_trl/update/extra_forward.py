@@ -5,48 +5,44 @@ from typing import Any
 
 import torch
 
-from .planner import UpdatePlanner
-from .rollout_batch import ROW_TENSORS, loss_mask
+from .packed_rows import pack_column
+from .rollout_batch import loss_mask
+from .step_plan import StepPlan
 
 
-def score_rows(
-    batch: Mapping[str, Any],
-    chosen: torch.Tensor,
-    planner: UpdatePlanner,
-    score: Callable[..., torch.Tensor],
-    *,
-    regroup: bool,
-) -> torch.Tensor:  # (N,) -> (N, C)
+def score_planned_rows(step: StepPlan, width: int, score: Callable[..., torch.Tensor]) -> torch.Tensor:  # (N, C)
     """
-    Compute the log-probabilities of some of this rank's rows.
+    Compute log-probabilities in the micro-batches of a plan, each row's on the rank that trains it.
 
     Every rank runs the same number of forwards, whatever its rows are: under ZeRO-3 and FSDP they would deadlock.
 
     Args:
-        batch (`Mapping[str, Any]`):
-            This rank's part of the rollout batch.
-        chosen (`torch.Tensor` of shape `(N,)`):
-            Whether a row is needed.
-        planner ([`UpdatePlanner`]):
-            Cuts the chosen rows into micro-batches.
+        step ([`StepPlan`]):
+            Rows to score.
+        width (`int`):
+            Completion tokens of this rank's part of the rollout batch with padding, C.
         score (`Callable`):
             Maps a micro-batch, and the `batch_size` to run it in, to its log-probabilities `(B, C)`.
-        regroup (`bool`):
-            Whether rows may be regrouped. If not, all of them run in TRL's micro-batches.
 
     Returns:
-        `torch.Tensor` of shape `(N, C)`: 0 where a token is not trainable, and for rows that were not needed.
+        `torch.Tensor` of shape `(N, C)` for the rows that this rank has sampled: 0 where a token is not trainable, and
+        for rows that the plan leaves out.
     """
-    logps = torch.zeros(loss_mask(batch).shape, device=chosen.device)  # (N, C)
-    rows = {name: batch[name] for name in ROW_TENSORS if name in batch}
-    rows["position"] = torch.arange(len(logps), device=logps.device)
-    parts: list[dict[str, Any]] = [{**batch, **rows}]
-    chunk: int | None = len(logps) // planner.micro_batches
-    if regroup:
-        chunk, parts = None, planner.cut(rows, chosen.nonzero().flatten().cpu(), len(logps))
+    lengths, device = step.rows.completion_lengths, step.rows.filler["completion_ids"].device
+    longest = int(lengths.max()) if len(lengths) else 0
+    found = torch.zeros(len(lengths), longest, device=device)  # (M, longest), of the rows that this rank trains
     with torch.no_grad():
-        for part in parts:
-            found = torch.where(loss_mask(part).bool(), score(part, batch_size=chunk).float(), 0.0)
-            # Added, not set: a filler stands for a row that has its own place.
-            logps[:, : found.size(1)].index_add_(0, part["position"], found)
-    return logps
+        for planned in step.planned:
+            part = step.rows.micro_batch(planned)
+            logps = torch.where(loss_mask(part).bool(), score(part, batch_size=None).float(), 0.0)
+            if planned.informative:
+                found[planned.rows.to(device), : logps.size(1)] = logps[:, :longest]
+    packed = pack_column("completion_logps", found, torch.arange(len(lengths)), lengths)
+    return step.exchange.return_tokens(packed, width)
+
+
+def score_batch(batch: Mapping[str, Any], micro_batches: int, score: Callable[..., torch.Tensor]) -> torch.Tensor:
+    """Compute the log-probabilities `(N, C)` of all rows in TRL's micro-batches, where rows may not be regrouped."""
+    with torch.no_grad():
+        logps = score(batch, batch_size=len(batch["completion_ids"]) // micro_batches)
+    return torch.where(loss_mask(batch).bool(), logps.float(), 0.0)

@@ -7,6 +7,7 @@ are left out, and every micro-batch is as wide as its own longest row. None of t
 several steps per batch or adds a KL term.
 """
 
+from collections import Counter
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,9 @@ from .cheapest_cut import cheapest_cut
 # Share of the largest micro-batch of TRL's plan that ours may take, in padded tokens, wherever the rows allow it.
 # Activations grow with it, so peak memory falls with the share; docs/update.md has what it costs in time.
 MEMORY_SHARE = 0.75
+# Lengths that differ by less, relative, count as equal when rows are assigned to ranks. With more, fewer rows move, but
+# the ranks' micro-batches differ more, which costs time where ranks meet in each of them (ZeRO-3 and FSDP).
+EQUAL_LENGTH = 0.005
 
 
 class MicroBatch(NamedTuple):
@@ -36,26 +40,53 @@ def assign_rows(lengths: torch.Tensor, informative: torch.Tensor, num_ranks: int
     Assign the informative rows to the ranks, so that all ranks get similar lengths and similar totals.
 
     Rows are assigned from the longest to the shortest, back and forth over the ranks: in data parallelism the slowest
-    rank sets the time, and its rows would otherwise be those of whichever groups it happened to sample.
+    rank sets the time, and its rows would otherwise be those of whichever groups it happened to sample. A row goes to
+    the rank that has sampled it, and need not be sent there, if that changes no length in the ranks' sorted rows by
+    more than `EQUAL_LENGTH`.
 
     Args:
         lengths (`torch.Tensor` of shape `(N,)`):
-            Attended tokens of every row of the rollout batch.
+            Attended tokens of every row of the rollout batch: as many rows of each rank, one rank's after another's.
         informative (`torch.Tensor` of shape `(N,)`):
             Whether the row has an advantage other than 0 and a trainable token.
         num_ranks (`int`):
             Number of data-parallel ranks.
 
     Returns:
-        `list[torch.Tensor]`: For each rank its rows, from the longest to the shortest. Together, every informative row
-        once; their numbers differ by at most one.
+        `list[torch.Tensor]`: For each rank its rows, from the longest to the shortest, up to `EQUAL_LENGTH`. Together,
+        every informative row once; their numbers differ by at most one.
     """
-    rows = informative.nonzero().flatten()
-    ranked = rows[lengths[rows].argsort(stable=True, descending=True)]
-    position = torch.arange(len(ranked))
-    round_, place = position // num_ranks, position % num_ranks
-    rank = torch.where(round_ % 2 == 0, place, num_ranks - 1 - place)
-    return [ranked[rank == r] for r in range(num_ranks)]
+    tokens: list[int] = lengths.tolist()
+    sampled_by = {row: row * num_ranks // len(tokens) for row in informative.nonzero().flatten().tolist()}
+    # Among rows of one length, those of different ranks alternate, so that each can stay where it is.
+    turns: Counter[tuple[int, int]] = Counter()
+    order = []
+    for row, rank in sampled_by.items():
+        order.append((-tokens[row], turns[tokens[row], rank], row))
+        turns[tokens[row], rank] += 1
+    ranked = [row for *_, row in sorted(order)]
+    rank_rows: list[list[int]] = [[] for _ in range(num_ranks)]
+    ranks = list(range(num_ranks))
+    for start in range(0, len(ranked), num_ranks):
+        rows = dict(zip(ranks, ranked[start : start + num_ranks], strict=False))  # rank -> row; the last may lack some
+        for rank, row in _keep_rows(rows, sampled_by, tokens).items():
+            rank_rows[rank].append(row)
+        ranks.reverse()
+    return [torch.tensor(rows, dtype=torch.long) for rows in rank_rows]
+
+
+def _keep_rows(rows: dict[int, int], sampled_by: dict[int, int], tokens: list[int]) -> dict[int, int]:
+    """Swap rows of equal length between ranks, so that more of them are at the rank that has sampled them."""
+    lengths = {rank: tokens[row] for rank, row in rows.items()}  # to keep
+    kept = dict(rows)
+    for rank in rows:
+        own, row = sampled_by[kept[rank]], kept[rank]
+        if own not in kept or sampled_by[kept[own]] == own:
+            continue
+        changes = (abs(tokens[row] - lengths[own]), abs(tokens[kept[own]] - lengths[rank]))
+        if max(changes) <= EQUAL_LENGTH * min(lengths[own], lengths[rank]):
+            kept[own], kept[rank] = row, kept[own]
+    return kept
 
 
 def plan_microbatches(
@@ -114,35 +145,3 @@ def plan_microbatches(
     micro_batches.sort(key=lambda micro_batch: micro_batch.padded_tokens, reverse=True)
     filler = MicroBatch(torch.zeros(1, dtype=torch.long), 1, 1, informative=False)
     return micro_batches + [filler] * (num_microbatches - num_cuts)
-
-
-def cut_rows(
-    rows: dict[str, torch.Tensor], rank_rows: torch.Tensor, micro_batch: MicroBatch
-) -> dict[str, torch.Tensor]:
-    """
-    Make one micro-batch of the plan.
-
-    Args:
-        rows (`dict[str, torch.Tensor]`):
-            Tensors of a rollout batch, one row per completion: `prompt_*` padded on the left, other matrices on the
-            right, vectors as they are.
-        rank_rows (`torch.Tensor` of shape `(N,)`):
-            Rows that the plan was made for, as positions in `rows`.
-        micro_batch ([`MicroBatch`]):
-            Part of the plan.
-
-    Returns:
-        `dict[str, torch.Tensor]`: Its rows, trimmed on both sides. A filler attends to no completion token, so that it
-        neither moves the policy nor counts in any metric.
-    """
-    chosen = rank_rows[micro_batch.rows] if micro_batch.informative else micro_batch.rows
-    part = {}
-    for name, tensor in rows.items():
-        if name.startswith("prompt"):  # slice before indexing, which copies
-            tensor = tensor[:, -micro_batch.prompt_width :]
-        elif tensor.ndim == 2:
-            tensor = tensor[:, : micro_batch.completion_width]
-        part[name] = tensor[chosen.to(tensor.device)]
-    if not micro_batch.informative:
-        part["completion_mask"] = torch.zeros_like(part["completion_mask"])
-    return part

@@ -1,14 +1,16 @@
 """From a rollout batch to the micro-batches of its optimizer step."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-from .microbatches import MEMORY_SHARE, MicroBatch, assign_rows, cut_rows, plan_microbatches
+from .microbatches import MEMORY_SHARE, MicroBatch, assign_rows, plan_microbatches
 from .rollout_batch import ROW_TENSORS, SCALARS, loss_mask
+from .row_exchange import RowExchange
+from .step_plan import StepPlan
 
 
 @dataclass(frozen=True)
@@ -34,37 +36,50 @@ class UpdatePlanner:
     skip_uninformative: bool = True
     pad_to_multiple_of: int | None = None
 
-    def plan_step(self, batch: Mapping[str, Any], accelerator: Accelerator) -> list[dict[str, Any]]:
+    def plan_step(
+        self, batch: Mapping[str, Any], accelerator: Accelerator, earlier: StepPlan | None = None
+    ) -> StepPlan:
         """
-        Make this rank's micro-batches of the step. All ranks call it together.
+        Assign the informative rows to the ranks, move those that change rank, and plan this rank's micro-batches.
+
+        All ranks call it together. They exchange the lengths of their rows, from which all derive the same assignment.
 
         Args:
             batch (`Mapping[str, Any]`):
                 This rank's part of the rollout batch, as TRL generates and scores it.
             accelerator ([`~accelerate.Accelerator`]):
-                Moves rows between ranks.
+                Gathers the lengths.
+            earlier ([`StepPlan`], *optional*):
+                What [`plan_before_advantages`] has returned for this batch. It is kept, and gets the advantages, unless
+                it leaves out a row that is informative.
 
         Returns:
-            `list[dict[str, Any]]`: `micro_batches` of them, the largest first.
+            [`StepPlan`]: It does not refer to the batch, whose memory can be freed before the micro-batches are made.
         """
         rows = {name: batch[name] for name in ROW_TENSORS if name in batch}
-        if self.num_ranks > 1:  # a rank may be assigned any row
-            for name in rows:
-                if rows[name].ndim == 2:
-                    left = name.startswith("prompt")
-                    rows[name] = accelerator.pad_across_processes(rows[name], dim=1, pad_first=left)
-                rows[name] = accelerator.gather(rows[name])
-        lengths = (rows["prompt_mask"].sum(dim=1) + rows["completion_mask"].sum(dim=1)).cpu()
-        informative = self.informative(rows).cpu()
-        rank_rows = self.assign(lengths, informative)[accelerator.process_index]
         scalars = {name: batch[name] for name in SCALARS if name in batch}
-        return [{**part, **scalars} for part in self.cut(rows, rank_rows, len(batch["advantages"]))]
+        table, width, unchanged = self._exchange_lengths(
+            rows, self.informative(rows), earlier is not None and earlier.made_of(rows), accelerator
+        )
+        if earlier is not None and unchanged and earlier.exchange.includes(table[:, 2].bool()):
+            return earlier.with_advantages(rows["advantages"], scalars)
+        return replace(self._plan(rows, table, width, accelerator), scalars=scalars)
+
+    def plan_before_advantages(
+        self, batch: Mapping[str, Any], chosen: torch.Tensor, accelerator: Accelerator
+    ) -> StepPlan:  # (N,), bool
+        """Plan the chosen rows as [`plan_step`] plans the informative ones, for forwards before these are known."""
+        rows = {name: batch[name] for name in ROW_TENSORS if name in batch and name != "advantages"}
+        if not self.skip_uninformative:
+            chosen = torch.ones_like(chosen)
+        table, width, _ = self._exchange_lengths(rows, chosen, False, accelerator)
+        return replace(self._plan(rows, table, width, accelerator), source=rows)
 
     def informative(self, rows: Mapping[str, torch.Tensor]) -> torch.Tensor:  # (N,), bool
         """Which rows must be trained: those with a non-zero advantage, or all of them."""
-        if not self.skip_uninformative:
-            return torch.ones(len(rows["advantages"]), dtype=torch.bool)
         advantages, mask = rows["advantages"], loss_mask(rows)
+        if not self.skip_uninformative:
+            return torch.ones(len(advantages), dtype=torch.bool, device=advantages.device)
         if advantages.ndim == 2:
             return ((advantages != 0) & mask.bool()).any(dim=1)
         return (advantages != 0) & mask.any(dim=1)
@@ -72,28 +87,6 @@ class UpdatePlanner:
     def assign(self, lengths: torch.Tensor, informative: torch.Tensor) -> list[torch.Tensor]:  # (N,), (N,)
         """Return the rows of each rank, from the longest to the shortest; uninformative ones are left out."""
         return assign_rows(lengths, informative, self.num_ranks)
-
-    def cut(
-        self, rows: Mapping[str, torch.Tensor], rank_rows: torch.Tensor, sampled: int
-    ) -> list[dict[str, torch.Tensor]]:
-        """
-        Cut some of the rows into micro-batches.
-
-        Args:
-            rows (`Mapping[str, torch.Tensor]`):
-                Tensors of a rollout batch, one row per completion.
-            rank_rows (`torch.Tensor` of shape `(M,)`):
-                Rows to cut, as positions in `rows`.
-            sampled (`int`):
-                Rows that each rank has sampled, by which the size of a micro-batch is limited.
-        """
-        plan = self.plan(
-            rows["prompt_mask"].sum(dim=1).cpu()[rank_rows],
-            rows["completion_mask"].sum(dim=1).cpu()[rank_rows],
-            sampled,
-            rows["prompt_ids"].size(1) + rows["completion_ids"].size(1),
-        )
-        return [cut_rows(dict(rows), rank_rows, micro_batch) for micro_batch in plan]
 
     def plan(
         self, prompt_lengths: torch.Tensor, completion_lengths: torch.Tensor, sampled: int, width: int
@@ -106,3 +99,34 @@ class UpdatePlanner:
             largest=int(MEMORY_SHARE * (sampled // self.micro_batches) * width),
             pad_to_multiple_of=self.pad_to_multiple_of,
         )
+
+    def _exchange_lengths(
+        self, rows: Mapping[str, torch.Tensor], needed: torch.Tensor, unchanged: bool, accelerator: Accelerator
+    ) -> tuple[torch.Tensor, int, bool]:  # (N,) of this rank -> (N, 3) of all ranks
+        """
+        Gather what the assignment depends on, in one collective of integers.
+
+        Returns:
+            Attended prompt and completion tokens of every row and whether it is needed, on the CPU; the width of the
+            rollout batch; and whether `unchanged` is true on all ranks.
+        """
+        prompts, completions = (rows[f"{side}_mask"].sum(dim=1) for side in ("prompt", "completion"))
+        table = torch.stack([prompts, completions, needed.to(prompts)], dim=1).int()  # (N, 3)
+        widths = table.new_tensor([[rows["prompt_ids"].size(1), rows["completion_ids"].size(1), unchanged]])
+        table = torch.cat([table, widths])
+        if self.num_ranks > 1:
+            table = accelerator.gather(table)
+        ranks = table.cpu().long().view(self.num_ranks, -1, 3)
+        widths = ranks[:, -1]
+        width = int(widths[:, :2].amax(dim=0).sum())
+        return ranks[:, :-1].flatten(0, 1), width, bool(widths[:, 2].all())
+
+    def _plan(
+        self, rows: Mapping[str, torch.Tensor], table: torch.Tensor, width: int, accelerator: Accelerator
+    ) -> StepPlan:
+        prompts, completions, needed = table.unbind(dim=1)
+        rank_rows = self.assign(prompts + completions, needed.bool())
+        exchange = RowExchange(accelerator.process_index if self.num_ranks > 1 else 0, rank_rows, prompts, completions)
+        packed = exchange.move(rows)
+        planned = self.plan(packed.prompt_lengths, packed.completion_lengths, exchange.sampled, width)
+        return StepPlan(exchange, packed, planned, scalars={}, source={})

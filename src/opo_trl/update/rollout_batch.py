@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 
 import torch
-from accelerate import Accelerator
 
 # A rollout batch of text: one row per completion, or one number for the batch.
 ROW_TENSORS = (
@@ -36,12 +35,6 @@ def loss_mask(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:  # (B, C)
     """1 for the tokens that the policy sampled and trains on: not padding, not tool output, not masked out."""
     mask = batch["completion_mask"]
     return mask * batch["tool_mask"] if "tool_mask" in batch else mask
-
-
-def padding_fraction(micro_batches: Sequence[Mapping[str, torch.Tensor]], accelerator: Accelerator) -> float:
-    """Share of padding among the tokens of the step's micro-batches, over all ranks and without fillers."""
-    attended, padded = accelerator.reduce(count_tokens(micro_batches), reduction="sum").tolist()
-    return 1 - attended / padded if padded else float("nan")
 
 
 def count_tokens(micro_batches: Sequence[Mapping[str, torch.Tensor]]) -> torch.Tensor:  # (2,), int64

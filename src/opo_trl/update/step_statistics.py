@@ -25,7 +25,11 @@ class StepStatistics:
     def add_mean(self, name: str, values: torch.Tensor, mask: torch.Tensor) -> None:
         """Add the values (B, C) where `mask` (B, C) is not 0 to the mean `name`."""
         mask = mask.bool()
-        total = torch.stack([torch.where(mask, values, 0).float().sum(), mask.sum().float()])
+        self.add_ratio(name, torch.where(mask, values, 0).float().sum(), mask.sum())
+
+    def add_ratio(self, name: str, part: torch.Tensor, whole: torch.Tensor) -> None:
+        """Add to the numerator and the denominator of the mean `name`; both are scalars."""
+        total = torch.stack([part.float(), whole.float()])
         self._totals[name] = self._totals[name] + total if name in self._totals else total
 
     def add_max(self, name: str, values: torch.Tensor, mask: torch.Tensor) -> None:
