@@ -11,6 +11,9 @@ from opo_trl.scripts.reporting import COLUMNS
 from pages import ROOT, page, tables, the_table
 from planning import page_sentence as planning_sentence
 from planning import page_table as planning_table
+from row_traffic import count as count_traffic
+from row_traffic import page_sentence as traffic_sentence
+from row_traffic import page_table as traffic_table
 from variance_report import page_tables as variance_tables
 
 README = (ROOT / "README.md").read_text()
@@ -65,6 +68,14 @@ def test_the_planning():
     assert planning_sentence(measured) in " ".join(page("update").split())
     assert measured["draws"]["largest_of_limit"] <= 1
     assert max(plan["after"]["largest_of_limit"] for plan in measured["plans"]) <= 1
+
+
+def test_what_assigning_rows_moves():
+    measured = results("rank_balance")
+    assert the_table(page("update"), "ranks x rows") == tables(traffic_table(measured) + "\n")[0][1:]
+    assert traffic_sentence(measured) in " ".join(page("update").split())
+    for counted in measured["counted"][:3]:
+        assert count_traffic(counted["ranks"], counted["rows"]) == counted, "counted anew by the code that is here"
 
 
 @pytest.mark.slow
