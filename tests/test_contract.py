@@ -89,6 +89,16 @@ def test_generate_and_score_completions(tmp_path, monkeypatch):
     assert output["completion_mask"].shape == output["completion_ids"].shape
 
 
+def test_generation_of_a_batch_and_the_weights_that_vllm_gets():
+    """Each call appends one mean length, over all ranks; the weights are sent by a method that can be measured."""
+    assert parameters(GRPOTrainer._generate) == ["self", "prompts"]
+    source = inspect.getsource(GRPOTrainer._generate)
+    mean = r'\["completions/mean_length"\]\.append\(agg_completion_lengths\.float\(\)\.mean\(\)\.item\(\)\)'
+    assert len(re.findall(mean, source)) == 1
+    for method in (GRPOTrainer._generate, GRPOTrainer._generate_single_turn):
+        assert "self.vllm_generation.sync_weights()" in inspect.getsource(method)
+
+
 def test_prepare_inputs_keeps_extra_entries_of_the_batch(tmp_path):
     """`loss_normalizer`, a scalar, must reach every micro-batch."""
     seen = []

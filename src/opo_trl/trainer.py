@@ -23,6 +23,7 @@ from .on_policy.rollout_position import check_position, check_rollout_size
 from .on_policy.sampler_correction import correct_sampler
 from .on_policy.sampling_settings import check_generation_config
 from .rollouts.learning_signal import NoSignalWarning
+from .runs.phases import StepPhases
 from .runs.reliable_runs import ReliableRuns
 from .runs.tracking import versions
 from .update.extra_forward import score_batch, score_planned_rows
@@ -151,6 +152,11 @@ class OPOTrainer(ReliableRuns, GRPOTrainer):
             skip_uninformative=args.skip_uninformative,
             pad_to_multiple_of=self.pad_to_multiple_of,
         )
+        self._phases = StepPhases(self._metrics["train"])
+        self.add_callback(self._phases)
+        if self.use_vllm:
+            synchronise = self.vllm_generation.sync_weights
+            self.vllm_generation.sync_weights = self._phases.measured("sync_weights", synchronise)
         self._statistics = StepStatistics()
         self._agreement = ObstacleAgreement(self.accelerator)
         self._correct = CorrectCompletions(pass_at_k_reward(args.pass_at_k_reward, reward_funcs))
@@ -219,7 +225,8 @@ class OPOTrainer(ReliableRuns, GRPOTrainer):
         return METHOD, {"weight in the baseline": weight}
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        rewards_per_func: torch.Tensor = super()._calculate_rewards(*args, **kwargs)  # (N, F), of all ranks
+        with self._phases.measure("score"):
+            rewards_per_func: torch.Tensor = super()._calculate_rewards(*args, **kwargs)  # (N, F), of all ranks
         if not self.model.training:
             self._correct.add(rewards_per_func, self.reward_func_names, self.num_generations_eval)
         self._rewards_per_func = rewards_per_func
@@ -244,7 +251,16 @@ class OPOTrainer(ReliableRuns, GRPOTrainer):
         for _ in range(min(len(logged), len(shown))):  # the parent has just logged GRPO's advantages
             logged.pop()
         logged.extend(shown)
+        self._phases.count("trained", rollout.lengths[rollout.informative].sum().item())
         self._rollout_batch = output
+        return output
+
+    def _generate(self, prompts: list[Any]) -> Any:
+        mode = "train" if self.model.training else "eval"
+        with self._phases.measure("generate"):
+            output = super()._generate(prompts)
+        mean_length = self._metrics[mode]["completions/mean_length"][-1]  # over the completions of all ranks
+        self._phases.count("generated", mean_length * len(prompts) * self.accelerator.num_processes)
         return output
 
     def _rows_of_rank(self, batch: dict[str, Any]) -> slice:

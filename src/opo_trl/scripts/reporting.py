@@ -24,6 +24,7 @@ COLUMNS = {  # metric -> heading
     "opo/baseline_minus_mean": "b*-mean",
     "opo/informative_fraction": "informative",
 }
+PHASES = ("time/generate", "time/score", "time/sync_weights", "time/update")  # seconds of one step
 
 
 class ConsoleProgress(TrainerCallback):
@@ -32,7 +33,9 @@ class ConsoleProgress(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.start, self.first_step = time.perf_counter(), state.global_step
         if state.is_world_process_zero:
-            print(f"{'step':>11}  " + "".join(f"{name:>12}" for name in COLUMNS.values()) + f"{'left':>8}", flush=True)
+            headings = "".join(f"{name:>12}" for name in COLUMNS.values())
+            phases = "/".join(name.removeprefix("time/").removesuffix("_weights") for name in PHASES)
+            print(f"{'step':>11}  {headings}{'left':>8}{phases:>29}{'tok/s':>8}", flush=True)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or logs is None:
@@ -41,15 +44,19 @@ class ConsoleProgress(TrainerCallback):
             done = state.global_step - self.first_step
             left = (time.perf_counter() - self.start) / max(done, 1) * (state.max_steps - state.global_step)
             values = "".join(f"{_number(logs.get(name)):>12}" for name in COLUMNS)
-            print(f"{state.global_step:5d}/{state.max_steps:<5d}  {values}{left:7.0f}s", flush=True)
+            phases = "/".join(_number(logs.get(name), 2) for name in PHASES) + "s"
+            rate = _number(logs.get("tokens_per_second/generated"), 3)
+            print(
+                f"{state.global_step:5d}/{state.max_steps:<5d}  {values}{left:7.0f}s{phases:>29}{rate:>8}", flush=True
+            )
         elif "eval_reward" in logs:
             print(
                 f"{state.global_step:5d}/{state.max_steps:<5d}  held-out reward {logs['eval_reward']:.3f}", flush=True
             )
 
 
-def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, int | float) else "-"
+def _number(value: Any, digits: int = 4) -> str:
+    return f"{value:.{digits}g}" if isinstance(value, int | float) else "-"
 
 
 def measure(
