@@ -18,7 +18,7 @@ LAYERS: dict[str, set[str]] = {
     "algorithm": set(),
     "on_policy": set(),
     "update": set(),
-    "rollouts": set(),
+    "rollouts": {"algorithm"},
     "runs": set(),
     "rewards": set(),
     "data": {"rewards"},

@@ -39,7 +39,7 @@ from opo_trl import OPOTrainer
 from opo_trl.rewards import math_verify_reward
 from opo_trl.scripts.policies import EMBEDDED_MODEL, model_path
 from opo_trl.scripts.problems import load_problems
-from test_resume import lora_model, sampling_trainer
+from test_resume import REFILLED, lora_model, sampling_trainer
 from tiny import scripted_dataset, scripted_reward, scripted_rollout, scripted_trainer, tiny_config, tiny_model
 
 USES_DEEPSPEED = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
@@ -253,6 +253,8 @@ class AskedOnOneRank(TrainerCallback):
 def run_preempted(case: str, folder: Path) -> None:
     """Leave on each rank how a run that was asked to stop ended, and whether going on gave the undisturbed bits."""
     settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "save_strategy": "no", **ENGINE}
+    if "refilled" in case:
+        settings |= REFILLED
     make_model = lora_model if "LoRA" in case else tiny_model
     whole = sampling_trainer(folder / "whole", make_model(), **settings)
     whole.train()
@@ -272,6 +274,7 @@ def run_preempted(case: str, folder: Path) -> None:
     except ValueError as error:
         refusal = str(error)
     outcome = {"code": code, "step": asked.state.global_step, "same bits": same, "last step": again.state.global_step}
+    outcome["refills"] = any(entry.get("rollouts/rounds") for entry in again.state.log_history)
     outcome["refusal"] = refusal
     (folder / f"ended.{asked.accelerator.process_index}").write_text(json.dumps(outcome))
 

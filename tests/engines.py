@@ -62,6 +62,7 @@ CASES: dict[str, dict[str, Any]] = {
         "rollout": rollout_with_every_column,
         "baseline_weight": "uncertainty",
     },
+    "full, refilled": {**STEPS, "max_refill_rounds": 2},
     "LoRA": {**STEPS, "lora": LORA},
     "LoRA, checkpointing": {**STEPS, "lora": LORA, "gradient_checkpointing": True},
     "LoRA, AdamW": {**STEPS, **ADAMW, "lora": LORA},

@@ -220,6 +220,7 @@ def test_every_field_is_documented_and_overrides_keep_the_parents_names():
     assert new == {
         "baseline_weight",
         "length_exponent",
+        "max_refill_rounds",
         "pass_at_k_reward",
         "rollout_importance_sampling_correction",
         "skip_uninformative",

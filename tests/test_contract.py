@@ -9,6 +9,7 @@ may touch these names (`test_only_the_trainers_touch_trls_insides`).
 import ast
 import inspect
 import re
+import sys
 import textwrap
 from collections import deque
 from pathlib import Path
@@ -95,8 +96,18 @@ def test_generation_of_a_batch_and_the_weights_that_vllm_gets():
     source = inspect.getsource(GRPOTrainer._generate)
     mean = r'\["completions/mean_length"\]\.append\(agg_completion_lengths\.float\(\)\.mean\(\)\.item\(\)\)'
     assert len(re.findall(mean, source)) == 1
+    assert 'self._metrics[mode]["num_tokens"] = [' in source, "one number for the run, not one per call"
     for method in (GRPOTrainer._generate, GRPOTrainer._generate_single_turn):
         assert "self.vllm_generation.sync_weights()" in inspect.getsource(method)
+
+
+def test_metrics_of_a_call_that_refilling_pools():
+    """Those whose names decide how the rounds of a step are joined, and those that are computed anew."""
+    source = inspect.getsource(sys.modules[GRPOTrainer.__module__])
+    pooled = [f"completions/{kind}_{of}length" for kind in ("mean", "min", "max") for of in ("", "terminated_")]
+    pooled += ["completions/clipped_ratio", "tools/call_frequency", "tools/failure_frequency", "reward", "reward_std"]
+    assert [name for name in pooled if f'["{name}"].append(' not in source] == []
+    assert all(f'[f"rewards/{{reward_func_name}}/{kind}"].append(' in source for kind in ("mean", "std"))
 
 
 def test_prepare_inputs_keeps_extra_entries_of_the_batch(tmp_path):

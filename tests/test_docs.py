@@ -266,6 +266,7 @@ def logged(tmp_path_factory):
         train_dataset=problems,
         eval_dataset=problems,
         rollout_importance_sampling_correction=True,
+        max_refill_rounds=1,
         num_generations_eval=4,
         per_device_eval_batch_size=24,
         eval_strategy="steps",
@@ -299,9 +300,9 @@ def test_every_metric_of_a_run_is_explained_and_every_one_explained_is_logged(lo
 
 def test_every_metric_that_the_code_names_is_explained():
     source = "".join(path.read_text() for path in (ROOT / "src").rglob("*.py"))
-    named = set(re.findall(r'"((?:opo|sampling)/[\w/]+)"', source))
+    named = set(re.findall(r'"((?:opo|sampling|rollouts)/[\w/]+)"', source))
     assert len(named) > 10
-    assert named == {metric for metric in documented_metrics() if metric.startswith(("opo/", "sampling/"))}
+    assert named == {metric for metric in documented_metrics() if metric.startswith(("opo/", "sampling/", "rollouts/"))}
 
 
 # ---- The reference

@@ -16,6 +16,14 @@ def letters_reward(completions, **kwargs):
     return [sum(character.isalpha() for character in text) / (1 + len(text)) for text in completions]
 
 
+def starts_with_a_digit(completions, **kwargs):
+    """Most completions miss it, so that many groups are uninformative."""
+    return [float(text[:1].isdigit()) for text in completions]
+
+
+REFILLED = {"max_refill_rounds": 2, "reward_funcs": starts_with_a_digit}
+
+
 def lora_model():
     torch.manual_seed(1)
     return get_peft_model(tiny_model(), LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
@@ -27,7 +35,6 @@ def sampling_trainer(output_dir, model, num_steps=STEPS, **settings):
         output_dir,
         model,
         rollout=None,
-        reward_funcs=letters_reward,
         train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
         shuffle_dataset=True,
         max_completion_length=12,
@@ -37,6 +44,7 @@ def sampling_trainer(output_dir, model, num_steps=STEPS, **settings):
         lr_scheduler_type="linear",
         max_grad_norm=0.5,
         **{
+            "reward_funcs": letters_reward,
             "per_device_train_batch_size": 2,
             "gradient_accumulation_steps": 4,
             "save_strategy": "steps",

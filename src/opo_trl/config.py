@@ -84,6 +84,12 @@ class OPOConfig(GRPOConfig):
         skip_uninformative (`bool`, *optional*, defaults to `True`):
             Leave completions whose advantage is exactly 0 out of the forward and backward passes. They add nothing to
             the gradient; `False` runs them all the same, so that `entropy` covers every completion.
+        max_refill_rounds (`int`, *optional*, defaults to `0`):
+            While fewer groups of a step are informative than it has prompts, sample further prompts under the same
+            weights, in at most this many rounds, and train their informative groups in the same step. The loss is then
+            a mean over informative groups alone, whose expected gradient has the same direction
+            (`docs/refilling.md`). `0` trains the prompts of the data loader alone. Needs a dataset that is not
+            streamed, and rows that can be cut one by one: no images, no `torch_compile`, no router loss.
         rollout_importance_sampling_correction (`bool`, *optional*, defaults to `False`):
             With a `rollout_func`: weigh each token by `exp(log pi - logprob)` with the `logprobs` that it returns. Off
             unless asked for, since TRL demands the key and many functions fill it with zeros. Generation by vLLM
@@ -123,6 +129,12 @@ class OPOConfig(GRPOConfig):
     skip_uninformative: bool = field(
         default=True,
         metadata={"help": "Leave completions whose advantage is 0 out of the update: the same gradient in less time."},
+    )
+    max_refill_rounds: int = field(
+        default=0,
+        metadata={
+            "help": "Rounds of further prompts that a step may sample while too few of its groups are informative."
+        },
     )
     rollout_importance_sampling_correction: bool = field(
         default=False,
@@ -207,6 +219,7 @@ class OPOConfig(GRPOConfig):
                 f"`baseline_weight={self.baseline_weight!r}`. Leave `length_exponent` out, or use "
                 "`baseline_weight='length'`."
             )
+        self._check_refilling()
         if self.loss_type == "dr_grpo" and self.max_completion_length is None:
             raise ValueError(
                 "`loss_type='dr_grpo'` divides by `max_completion_length`, got None. Set `max_completion_length`, or "
@@ -231,6 +244,19 @@ class OPOConfig(GRPOConfig):
             raise ValueError(
                 f"OPO {_ONE_STEP}: `optim` must not update the weights during the backward pass, once per micro-batch, "
                 f"got {name!r}. Use 'adamw_torch', or another optimizer that steps once."
+            )
+
+    def _check_refilling(self) -> None:
+        rounds = self.max_refill_rounds
+        if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 0:
+            raise ValueError(
+                f"`max_refill_rounds` must be an integer of at least 0, got {rounds!r}. Use 0 to train the "
+                "prompts of the data loader alone."
+            )
+        if rounds and self.torch_compile:
+            raise ValueError(
+                "`torch_compile=True` needs micro-batches of a fixed shape, and refilling changes the number of rows: "
+                f"`max_refill_rounds` must be 0 with it, got {rounds}. Leave one of the two out."
             )
 
     def _explain_batch_size(self) -> str | None:

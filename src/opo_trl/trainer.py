@@ -14,7 +14,7 @@ from .algorithm.baselines import optimal_baseline, reward_range, takes_part, unc
 from .algorithm.loss import loss_normalizer, policy_gradient_loss
 from .algorithm.metrics import rollout_metrics
 from .algorithm.paper import METHOD, PAPER
-from .algorithm.rollout import Rollout, combine_rewards, estimate_advantages, sum_over_tokens
+from .algorithm.rollout import combine_rewards, estimate_advantages, sum_over_tokens
 from .config import OPOConfig
 from .evaluation.pass_at_k import CorrectCompletions
 from .on_policy.determinism import disable_dropout
@@ -23,6 +23,8 @@ from .on_policy.rollout_position import check_position, check_rollout_size
 from .on_policy.sampler_correction import correct_sampler
 from .on_policy.sampling_settings import check_generation_config
 from .rollouts.learning_signal import NoSignalWarning
+from .rollouts.refilling import Refilling, check_refilling
+from .rollouts.rounds import Round
 from .runs.phases import StepPhases
 from .runs.reliable_runs import ReliableRuns
 from .runs.tracking import versions
@@ -124,6 +126,7 @@ class OPOTrainer(ReliableRuns, GRPOTrainer):
                 "one optimizer step per rollout batch. Build an OPOConfig with the same fields."
             )
         args.check_contract()
+        check_refilling(args, train_dataset)
         processing_class = check_arguments(
             model, reward_funcs, args, train_dataset, eval_dataset, processing_class, *rest, **kwargs
         )
@@ -146,12 +149,24 @@ class OPOTrainer(ReliableRuns, GRPOTrainer):
         )
         self.vllm_importance_sampling_correction = False
         self.add_callback(NoSignalWarning)
+        self._rows_per_rank = args.per_device_train_batch_size * args.steps_per_generation
         self._planner = UpdatePlanner(
             micro_batches=args.steps_per_generation,
             num_ranks=self.accelerator.num_processes,
             skip_uninformative=args.skip_uninformative,
             pad_to_multiple_of=self.pad_to_multiple_of,
+            rows_per_rank=self._rows_per_rank,
         )
+        self._refilling = None
+        if args.max_refill_rounds:
+            self._refilling = Refilling(
+                self.accelerator,
+                max_rounds=args.max_refill_rounds,
+                seed=args.seed,
+                reward_names=self.reward_func_names,
+                obstacle=self._obstacle,
+                metrics=self._metrics["train"],
+            )
         self._phases = StepPhases(self._metrics["train"])
         self.add_callback(self._phases)
         if self.use_vllm:
@@ -233,27 +248,40 @@ class OPOTrainer(ReliableRuns, GRPOTrainer):
         return rewards_per_func
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        mode, group_size = "train", self.num_generations
-        if self.model.training:
-            expected = self.args.per_device_train_batch_size * self.args.steps_per_generation
-            check_rollout_size(self.accelerator, len(inputs), expected)
+        mode = "train" if self.model.training else "eval"
+        refilling = self._refilling if mode == "train" else None
+        if mode == "train":
+            check_rollout_size(self.accelerator, len(inputs), self._rows_per_rank)
+        if refilling is None:
+            sampled = self._sample_round(inputs)
         else:
-            mode, group_size = "eval", self.num_generations_eval
-        output: dict[str, Any] = super()._generate_and_score_completions(inputs)
-        rollout = self._estimate_advantages(output, group_size)
-        output["advantages"] = rollout.advantages_of(self._rows_of_rank(output), output["completion_ids"].size(1))
+            sampled = refilling.sample_step(inputs, self.train_dataset, self.state.global_step, self._sample_round)
+        output, rollout = sampled.batch, sampled.rollout
+        lengths = rollout.lengths if refilling is None else rollout.informative_lengths
         output["loss_normalizer"] = loss_normalizer(
-            self.loss_type, rollout.lengths, self.max_completion_length, self.accelerator.num_processes
+            self.loss_type, lengths, self.max_completion_length, self.accelerator.num_processes
         )
         for name, value in rollout_metrics(rollout).items():
             self._metrics[mode][name].append(value)
+        self._phases.count("trained", rollout.lengths[rollout.informative].sum().item())
+        self._rollout_batch = output
+        return output
+
+    def _sample_round(self, inputs: list[dict[str, Any]]) -> Round:
+        """Generate and score this rank's rows, and estimate their advantages: all of a step, or one of its rounds."""
+        group_size = self.num_generations if self.model.training else self.num_generations_eval
+        batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        assert self._rewards_per_func is not None
+        rewards_per_func, self._rewards_per_func = self._rewards_per_func, None
+        rewards = combine_rewards(rewards_per_func, self.reward_weights, group_size)  # (P, K)
+        lengths = self.accelerator.gather(loss_mask(batch).sum(dim=1)).view_as(rewards)  # (P, K)
+        rollout = estimate_advantages(rewards, lengths, self._weights(batch, rewards, lengths), self.baseline)
+        batch["advantages"] = rollout.advantages_of(self._rows_of_rank(batch), batch["completion_ids"].size(1))
         logged, shown = self._logs["advantages"], rollout.completion_advantages.flatten().tolist()
         for _ in range(min(len(logged), len(shown))):  # the parent has just logged GRPO's advantages
             logged.pop()
         logged.extend(shown)
-        self._phases.count("trained", rollout.lengths[rollout.informative].sum().item())
-        self._rollout_batch = output
-        return output
+        return Round(batch, rollout, rewards_per_func)
 
     def _generate(self, prompts: list[Any]) -> Any:
         mode = "train" if self.model.training else "eval"
@@ -267,13 +295,6 @@ class OPOTrainer(ReliableRuns, GRPOTrainer):
         """Positions of this rank's completions among those of all ranks: a group may be split across ranks."""
         rows = len(batch["completion_ids"])
         return slice(self.accelerator.process_index * rows, (self.accelerator.process_index + 1) * rows)
-
-    def _estimate_advantages(self, batch: dict[str, Any], group_size: int) -> Rollout:
-        assert self._rewards_per_func is not None
-        rewards = combine_rewards(self._rewards_per_func, self.reward_weights, group_size)  # (P, K)
-        self._rewards_per_func = None
-        lengths = self.accelerator.gather(loss_mask(batch).sum(dim=1)).view_as(rewards)  # (P, K)
-        return estimate_advantages(rewards, lengths, self._weights(batch, rewards, lengths), self.baseline)
 
     def _weights(
         self, batch: dict[str, Any], rewards: torch.Tensor, lengths: torch.Tensor

@@ -1,9 +1,10 @@
 """What OPO computes of one rollout batch, in one place: everything that is logged or trained reads it. Pure torch."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 
 import torch
+from torch import nn
 
 from .baselines import reward_range, takes_part
 
@@ -57,6 +58,17 @@ class Rollout:
         nonzero = self.advantages != 0
         return nonzero.any(dim=2) if nonzero.ndim == 3 else nonzero
 
+    @property
+    def informative_groups(self) -> torch.Tensor:  # (P,), bool
+        """Whether any completion of a group is informative; with OPO's baseline, whether its rewards differ."""
+        return self.informative.any(dim=1)
+
+    @property
+    def informative_lengths(self) -> torch.Tensor:  # (G, K)
+        """Lengths of the informative groups; of all groups if none is, so that a normaliser made of them is not 0."""
+        groups = self.informative_groups
+        return self.lengths[groups] if groups.any() else self.lengths
+
 
 def combine_rewards(
     rewards_per_func: torch.Tensor, func_weights: torch.Tensor, group_size: int
@@ -70,6 +82,19 @@ def combine_rewards(
 def sum_over_tokens(weights: torch.Tensor) -> torch.Tensor:  # (P, K) or (P, K, T) -> (P, K)
     """Weight of each completion, from those of completions or of their tokens."""
     return weights.sum(dim=2) if weights.ndim == 3 else weights
+
+
+def concatenate(rollouts: Sequence[Rollout]) -> Rollout:
+    """Join the groups of several rollouts, in their order. All of them come from the same kind of baseline."""
+
+    def joined(name: str) -> torch.Tensor:
+        parts = [getattr(rollout, name) for rollout in rollouts]
+        if parts[0].ndim == 3:  # a value for each token
+            width = max(part.size(2) for part in parts)
+            parts = [nn.functional.pad(part, (0, width - part.size(2))) for part in parts]
+        return torch.cat(parts)
+
+    return Rollout(**{field.name: joined(field.name) for field in fields(Rollout)})
 
 
 def estimate_advantages(

@@ -29,12 +29,16 @@ class UpdatePlanner:
             Whether completions with an advantage of 0 are left out.
         pad_to_multiple_of (`int`, *optional*):
             Round the widths of micro-batches up to a multiple of this.
+        rows_per_rank (`int`, *optional*):
+            Rows that a rank samples without refilling: a micro-batch is limited in size by these, even if a refilled
+            step holds more. `None` takes those of the batch.
     """
 
     micro_batches: int
     num_ranks: int = 1
     skip_uninformative: bool = True
     pad_to_multiple_of: int | None = None
+    rows_per_rank: int | None = None
 
     def plan_step(
         self, batch: Mapping[str, Any], accelerator: Accelerator, earlier: StepPlan | None = None
@@ -128,5 +132,6 @@ class UpdatePlanner:
         rank_rows = self.assign(prompts + completions, needed.bool())
         exchange = RowExchange(accelerator.process_index if self.num_ranks > 1 else 0, rank_rows, prompts, completions)
         packed = exchange.move(rows)
-        planned = self.plan(packed.prompt_lengths, packed.completion_lengths, exchange.sampled, width)
+        sampled = min(exchange.sampled, self.rows_per_rank or exchange.sampled)
+        planned = self.plan(packed.prompt_lengths, packed.completion_lengths, sampled, width)
         return StepPlan(exchange, packed, planned, scalars={}, source={})
