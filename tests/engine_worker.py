@@ -253,6 +253,7 @@ class AskedOnOneRank(TrainerCallback):
 def run_preempted(case: str, folder: Path) -> None:
     """Leave on each rank how a run that was asked to stop ended, and whether going on gave the undisturbed bits."""
     settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "save_strategy": "no", **ENGINE}
+    settings |= {"prompt_sampling": "informative"} if "chosen" in case else {}
     make_model = lora_model if "LoRA" in case else tiny_model
     whole = sampling_trainer(folder / "whole", make_model(), **settings)
     whole.train()

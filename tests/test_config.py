@@ -221,6 +221,7 @@ def test_every_field_is_documented_and_overrides_keep_the_parents_names():
         "baseline_weight",
         "length_exponent",
         "pass_at_k_reward",
+        "prompt_sampling",
         "rollout_importance_sampling_correction",
         "skip_uninformative",
     }

@@ -21,7 +21,8 @@ from tiny import SCRIPT
 
 QUICK = ["full", "full, evaluated first", "full, uncertainty", "full, empty completions"]
 QUICK += ["every column", "token uncertainty", "LoRA", "one micro-batch", "dr_grpo", "idle rank"]
-PREEMPTED = ["preempted", "preempted, LoRA"]
+QUICK += ["full, chosen prompts"]
+PREEMPTED = ["preempted", "preempted, LoRA", "preempted, chosen prompts"]
 FULL_DISK = "full disk on rank 1"
 
 

@@ -266,6 +266,8 @@ def logged(tmp_path_factory):
         train_dataset=problems,
         eval_dataset=problems,
         rollout_importance_sampling_correction=True,
+        prompt_sampling="informative",
+        shuffle_dataset=True,
         num_generations_eval=4,
         per_device_eval_batch_size=24,
         eval_strategy="steps",

@@ -22,6 +22,7 @@ from .on_policy.preflight import check_arguments, check_loaded_model, pass_at_k_
 from .on_policy.rollout_position import check_position, check_rollout_size
 from .on_policy.sampler_correction import correct_sampler
 from .on_policy.sampling_settings import check_generation_config
+from .rollouts.chosen_prompts import ChosenPrompts
 from .rollouts.learning_signal import NoSignalWarning
 from .runs.reliable_runs import ReliableRuns
 from .runs.tracking import versions
@@ -154,6 +155,12 @@ class OPOTrainer(ReliableRuns, GRPOTrainer):
         self._statistics = StepStatistics()
         self._agreement = ObstacleAgreement(self.accelerator)
         self._correct = CorrectCompletions(pass_at_k_reward(args.pass_at_k_reward, reward_funcs))
+        self._chosen: ChosenPrompts | None = None
+        if args.prompt_sampling == "informative":
+            prompts_per_step = args.generation_batch_size // args.num_generations
+            self._chosen = ChosenPrompts(
+                self.accelerator, self.train_dataset, prompts_per_step, self.num_generations, args.seed
+            )
         # TRL calls the overrides below from one method of its own, which passes no values between them.
         self._rewards_per_func: torch.Tensor | None = None  # from scoring to the advantages
         self._rollout_batch: dict[str, Any] | None = None  # from the advantages to the micro-batches
@@ -191,6 +198,22 @@ class OPOTrainer(ReliableRuns, GRPOTrainer):
         self.args.check_contract()
         self._check_sampler()
         return super().train(*args, **kwargs)
+
+    def _find_checkpoint(self, resume_from_checkpoint: str | bool | None) -> str | None:
+        checkpoint = super()._find_checkpoint(resume_from_checkpoint)
+        if self._chosen is not None:
+            self._chosen.resume(checkpoint)
+        return checkpoint
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self._chosen is not None and self.args.should_save:
+            self._chosen.save(output_dir)
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        if self._chosen is not None and dataset is not None:
+            self._chosen.dataset = dataset  # with the columns that the data loader keeps
+        return super()._get_train_sampler(dataset)
 
     def _check_sampler(self) -> None:
         if self.rollout_func is None and not self.use_vllm:  # OPOConfig has judged every setting that vLLM is given
@@ -238,7 +261,10 @@ class OPOTrainer(ReliableRuns, GRPOTrainer):
         output["loss_normalizer"] = loss_normalizer(
             self.loss_type, rollout.lengths, self.max_completion_length, self.accelerator.num_processes
         )
-        for name, value in rollout_metrics(rollout).items():
+        metrics = rollout_metrics(rollout)
+        if self._chosen is not None and self.model.training:
+            metrics |= self._chosen.observe(rollout.rewards, takes_part(rollout.rewards, rollout.lengths))
+        for name, value in metrics.items():
             self._metrics[mode][name].append(value)
         logged, shown = self._logs["advantages"], rollout.completion_advantages.flatten().tolist()
         for _ in range(min(len(logged), len(shown))):  # the parent has just logged GRPO's advantages
@@ -294,6 +320,10 @@ class OPOTrainer(ReliableRuns, GRPOTrainer):
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         if self.model.training:
             check_position(self.accelerator, self._step, self.args.steps_per_generation)
+            if self._chosen is not None and self._step % self.args.steps_per_generation == 0:
+                generation_batch, metrics = self._chosen.draw_rows(self.state.global_step, len(generation_batch))
+                for name, value in metrics.items():
+                    self._metrics["train"][name].append(value)
         self._rollout_batch = self._early_plan = None
         inputs: dict[str, Any] = super()._prepare_inputs(generation_batch)
         batch, self._rollout_batch = self._rollout_batch, None
