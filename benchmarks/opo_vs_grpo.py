@@ -132,9 +132,18 @@ def make_trainer(job: Job, directory: str) -> Any:
 
 
 def build_trainer(
-    variant: tuple[type, type, dict[str, Any]], directory: str, *, max_steps: int, **settings: Any
+    variant: tuple[type, type, dict[str, Any]],
+    directory: str,
+    *,
+    max_steps: int,
+    problems: Any = None,
+    **settings: Any,
 ) -> Any:
-    """A trainer on the quickstart's problems: shared settings, then those of the variant, then those of the run."""
+    """
+    A trainer: shared settings, then those of the variant, then those of the run.
+
+    On the quickstart's problems unless others are given.
+    """
     trainer_class, config_class, of_variant = variant
     shared = {
         "max_steps": max_steps,
@@ -153,7 +162,7 @@ def build_trainer(
         "disable_tqdm": True,
     }
     config = config_class(directory, **shared | of_variant | settings)
-    problems = load_problems("arithmetic", "train", num_arithmetic=8_000)
+    problems = load_problems("arithmetic", "train", num_arithmetic=8_000) if problems is None else problems
     trainer = trainer_class(POLICY, math_verify_reward, config, problems)
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -238,9 +247,15 @@ def score(result: dict[str, Any]) -> float:
     return 0.0 if "broke_down" in result else result["metrics"]["pass@1"]
 
 
-def choose_rates(directory: Path, processes: int, rollouts: int) -> dict[str, dict[str, Any]]:
+def choose_rates(
+    directory: Path,
+    processes: int,
+    rollouts: int,
+    variants: Iterable[str] = tuple(VARIANTS),
+    run: Callable[[Any], dict[str, Any]] = run,
+) -> dict[str, dict[str, Any]]:
     """Sweep every variant's learning rate; returns the tried rates and the best by the rule in the module docstring."""
-    tried: dict[str, list[float]] = {variant: list(FIRST_GRID) for variant in VARIANTS}
+    tried: dict[str, list[float]] = {variant: list(FIRST_GRID) for variant in variants}
     while True:
         jobs = [
             Job(variant, rate, seed, "validation", rollouts)
@@ -248,7 +263,7 @@ def choose_rates(directory: Path, processes: int, rollouts: int) -> dict[str, di
             for rate in rates
             for seed in SWEEP_SEEDS
         ]
-        results = complete(jobs, directory, processes)
+        results = complete(jobs, directory, processes, run)
         sweeps = {}
         for variant, rates in tried.items():
             scores = {

@@ -255,6 +255,7 @@ def run_preempted(case: str, folder: Path) -> None:
     settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "save_strategy": "no", **ENGINE}
     if "refilled" in case:
         settings |= REFILLED
+    settings |= {"prompt_sampling": "informative"} if "chosen" in case else {}
     make_model = lora_model if "LoRA" in case else tiny_model
     whole = sampling_trainer(folder / "whole", make_model(), **settings)
     whole.train()

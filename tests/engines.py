@@ -50,6 +50,7 @@ CASES: dict[str, dict[str, Any]] = {
     "full, AdamW": {**STEPS, **ADAMW},
     "full, uncertainty": {**STEPS, "baseline_weight": "uncertainty"},
     "full, empty completions": {**STEPS, "rollout": rollout_with_empty_completions},
+    "full, chosen prompts": {**STEPS, "prompt_sampling": "informative", "shuffle_dataset": True},
     "every column": {
         **STEPS,
         "trainer_class": TokenBaseline,

@@ -222,6 +222,7 @@ def test_every_field_is_documented_and_overrides_keep_the_parents_names():
         "length_exponent",
         "max_refill_rounds",
         "pass_at_k_reward",
+        "prompt_sampling",
         "rollout_importance_sampling_correction",
         "skip_uninformative",
     }

@@ -258,6 +258,7 @@ def test_get_train_sampler(tmp_path):
 def test_checkpoints_and_gradient_norm():
     """Seams on transformers' Trainer, which TRL passes on."""
     assert parameters(GRPOTrainer._save_checkpoint) == ["self", "model", "trial"]
+    assert parameters(GRPOTrainer._save_optimizer_and_scheduler) == ["self", "output_dir"]
     assert parameters(GRPOTrainer._save) == ["self", "output_dir", "state_dict"]
     assert parameters(rotate_checkpoints)[:3] == ["output_dir", "save_total_limit", "best_model_checkpoint"]
     assert "use_mtime" in parameters(rotate_checkpoints)

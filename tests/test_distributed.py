@@ -20,8 +20,9 @@ from opo_trl.runs.checkpoints import incomplete_reason, latest_complete
 from tiny import SCRIPT
 
 QUICK = ["full", "full, evaluated first", "full, uncertainty", "full, empty completions"]
-QUICK += ["every column", "token uncertainty", "LoRA", "one micro-batch", "dr_grpo", "idle rank", "full, refilled"]
-PREEMPTED = ["preempted", "preempted, LoRA", "preempted, refilled"]
+QUICK += ["every column", "token uncertainty", "LoRA", "one micro-batch", "dr_grpo", "idle rank"]
+QUICK += ["full, refilled", "full, chosen prompts"]
+PREEMPTED = ["preempted", "preempted, LoRA", "preempted, refilled", "preempted, chosen prompts"]
 FULL_DISK = "full disk on rank 1"
 
 

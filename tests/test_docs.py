@@ -267,6 +267,8 @@ def logged(tmp_path_factory):
         eval_dataset=problems,
         rollout_importance_sampling_correction=True,
         max_refill_rounds=1,
+        prompt_sampling="informative",
+        shuffle_dataset=True,
         num_generations_eval=4,
         per_device_eval_batch_size=24,
         eval_strategy="steps",

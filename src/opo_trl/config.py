@@ -94,6 +94,12 @@ class OPOConfig(GRPOConfig):
             With a `rollout_func`: weigh each token by `exp(log pi - logprob)` with the `logprobs` that it returns. Off
             unless asked for, since TRL demands the key and many functions fill it with zeros. Generation by vLLM
             itself is corrected under `vllm_importance_sampling_correction`, as in [`~trl.GRPOConfig`].
+        prompt_sampling (`str`, *optional*, defaults to `"uniform"`):
+            Which prompts a step samples. `"uniform"` shuffles the training set anew in each epoch, as TRL does.
+            `"informative"` draws prompts more often whose completions are likely to get different rewards, judged by
+            their rewards so far; one draw in ten is uniform
+            ([`~opo_trl.rollouts.prompt_sampling.PromptSampling`]). The gradient is then that of the expected reward of
+            the prompts as they are drawn. Needs a training set that can be indexed; an epoch keeps its number of steps.
         pass_at_k_reward (`str`, *optional*):
             Name of the reward function whose value 1 means that a completion is correct. Evaluation then logs
             `eval_pass@1` to `eval_pass@K` of its `num_generations_eval` = K completions per problem. `None` takes
@@ -139,6 +145,10 @@ class OPOConfig(GRPOConfig):
     rollout_importance_sampling_correction: bool = field(
         default=False,
         metadata={"help": "With a rollout_func: correct for its sampler with the logprobs that it returns."},
+    )
+    prompt_sampling: str = field(
+        default="uniform",
+        metadata={"help": "Prompts of a step: 'uniform', or 'informative', those whose rewards are likely to differ."},
     )
     pass_at_k_reward: str | None = field(
         default=None,
@@ -220,6 +230,7 @@ class OPOConfig(GRPOConfig):
                 "`baseline_weight='length'`."
             )
         self._check_refilling()
+        self._check_prompt_sampling()
         if self.loss_type == "dr_grpo" and self.max_completion_length is None:
             raise ValueError(
                 "`loss_type='dr_grpo'` divides by `max_completion_length`, got None. Set `max_completion_length`, or "
@@ -236,6 +247,18 @@ class OPOConfig(GRPOConfig):
             "length_exponent": self.length_exponent,
             "contract": {name: getattr(self, name) for name in (*(rule.field for rule in _CONTRACT), *judged_apart)},
         }
+
+    def _check_prompt_sampling(self) -> None:
+        if self.prompt_sampling not in ("uniform", "informative"):
+            raise ValueError(
+                f"`prompt_sampling` must be 'uniform' or 'informative', got {self.prompt_sampling!r}. Use "
+                "'uniform' for every prompt once in each epoch."
+            )
+        if self.prompt_sampling == "informative" and not self.shuffle_dataset:
+            raise ValueError(
+                "`prompt_sampling='informative'` draws prompts at random, got `shuffle_dataset=False`, which asks for "
+                "the order of the dataset. Leave `shuffle_dataset` out, or use `prompt_sampling='uniform'`."
+            )
 
     def _check_optimizer(self) -> None:
         """Refuse optimizers that update the weights in the backward pass of every micro-batch."""

@@ -22,6 +22,7 @@ from .on_policy.preflight import check_arguments, check_loaded_model, pass_at_k_
 from .on_policy.rollout_position import check_position, check_rollout_size
 from .on_policy.sampler_correction import correct_sampler
 from .on_policy.sampling_settings import check_generation_config
+from .rollouts.chosen_prompts import ChosenPrompts
 from .rollouts.learning_signal import NoSignalWarning
 from .rollouts.refilling import Refilling, check_refilling
 from .rollouts.rounds import Round
@@ -175,6 +176,17 @@ class OPOTrainer(ReliableRuns, GRPOTrainer):
         self._statistics = StepStatistics()
         self._agreement = ObstacleAgreement(self.accelerator)
         self._correct = CorrectCompletions(pass_at_k_reward(args.pass_at_k_reward, reward_funcs))
+        self._chosen: ChosenPrompts | None = None
+        if args.prompt_sampling == "informative":
+            prompts_per_step = args.generation_batch_size // args.num_generations
+            self._chosen = ChosenPrompts(
+                self.accelerator,
+                self.train_dataset,
+                prompts_per_step,
+                self.num_generations,
+                args.seed,
+                spare=prompts_per_step * args.max_refill_rounds,
+            )
         # TRL calls the overrides below from one method of its own, which passes no values between them.
         self._rewards_per_func: torch.Tensor | None = None  # from scoring to the advantages
         self._rollout_batch: dict[str, Any] | None = None  # from the advantages to the micro-batches
@@ -212,6 +224,22 @@ class OPOTrainer(ReliableRuns, GRPOTrainer):
         self.args.check_contract()
         self._check_sampler()
         return super().train(*args, **kwargs)
+
+    def _find_checkpoint(self, resume_from_checkpoint: str | bool | None) -> str | None:
+        checkpoint = super()._find_checkpoint(resume_from_checkpoint)
+        if self._chosen is not None:
+            self._chosen.resume(checkpoint)
+        return checkpoint
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self._chosen is not None and self.args.should_save:
+            self._chosen.save(output_dir)
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        if self._chosen is not None and dataset is not None:
+            self._chosen.dataset = dataset  # with the columns that the data loader keeps
+        return super()._get_train_sampler(dataset)
 
     def _check_sampler(self) -> None:
         if self.rollout_func is None and not self.use_vllm:  # OPOConfig has judged every setting that vLLM is given
@@ -255,13 +283,19 @@ class OPOTrainer(ReliableRuns, GRPOTrainer):
         if refilling is None:
             sampled = self._sample_round(inputs)
         else:
-            sampled = refilling.sample_step(inputs, self.train_dataset, self.state.global_step, self._sample_round)
+            order = None if self._chosen is None else self._chosen.refill_order()
+            sampled = refilling.sample_step(
+                inputs, self.train_dataset, self.state.global_step, self._sample_round, order
+            )
         output, rollout = sampled.batch, sampled.rollout
         lengths = rollout.lengths if refilling is None else rollout.informative_lengths
         output["loss_normalizer"] = loss_normalizer(
             self.loss_type, lengths, self.max_completion_length, self.accelerator.num_processes
         )
-        for name, value in rollout_metrics(rollout).items():
+        metrics = rollout_metrics(rollout)
+        if self._chosen is not None and self.model.training:
+            metrics |= self._chosen.observe(rollout.rewards, takes_part(rollout.rewards, rollout.lengths))
+        for name, value in metrics.items():
             self._metrics[mode][name].append(value)
         self._phases.count("trained", rollout.lengths[rollout.informative].sum().item())
         self._rollout_batch = output
@@ -331,6 +365,10 @@ class OPOTrainer(ReliableRuns, GRPOTrainer):
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         if self.model.training:
             check_position(self.accelerator, self._step, self.args.steps_per_generation)
+            if self._chosen is not None and self._step % self.args.steps_per_generation == 0:
+                generation_batch, metrics = self._chosen.draw_rows(self.state.global_step, len(generation_batch))
+                for name, value in metrics.items():
+                    self._metrics["train"][name].append(value)
         self._rollout_batch = self._early_plan = None
         inputs: dict[str, Any] = super()._prepare_inputs(generation_batch)
         batch, self._rollout_batch = self._rollout_batch, None

@@ -48,6 +48,7 @@ def check_arguments(
     prompts_per_step = args.generation_batch_size // args.num_generations
     from_environment = given.get("environment_factory") is not None
     check_datasets(train_dataset, eval_dataset, prompts_per_step, prompt_optional=from_environment)
+    check_prompt_sampling(args, train_dataset)
     check_rollout_correction(args, given.get("rollout_func"))
     check_reward_parameters(reward_funcs, train_dataset, eval_dataset, args, given)
     pass_at_k_reward(args.pass_at_k_reward, reward_funcs)
@@ -91,6 +92,29 @@ def check_datasets(
                 f"{len(dataset)}. Add prompts, lower per_device_train_batch_size or gradient_accumulation_steps, or "
                 "raise num_generations."
             )
+
+
+def check_prompt_sampling(args: Any, train_dataset: Any) -> None:
+    """
+    Refuse to choose prompts of a dataset that cannot be indexed.
+
+    Args:
+        args ([`OPOConfig`]):
+            The run's configuration.
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`], *optional*):
+            Dataset handed to the trainer.
+
+    Raises:
+        ValueError: If `prompt_sampling` is not `"uniform"` and the dataset has no length or no positions.
+    """
+    if args.prompt_sampling == "uniform" or isinstance(train_dataset, Dataset):
+        return
+    if not (hasattr(train_dataset, "__len__") and hasattr(train_dataset, "__getitem__")):
+        raise ValueError(
+            f"`prompt_sampling={args.prompt_sampling!r}` reads prompts again by position, so `train_dataset` must have "
+            f"a length and be indexable, got {type(train_dataset).__name__}. Load it without streaming, or use "
+            "`prompt_sampling='uniform'`."
+        )
 
 
 def check_model_directory(model: Any) -> None:

@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import math
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from typing import Any
 
 import datasets
@@ -90,7 +90,14 @@ class Refilling:
         self.reward_names, self.obstacle, self.metrics = reward_names, obstacle, metrics
         self._refuse(obstacle({}))
 
-    def sample_step(self, rows: Rows, dataset: Any, step: int, sample: Callable[[Rows], Round]) -> Round:
+    def sample_step(
+        self,
+        rows: Rows,
+        dataset: Any,
+        step: int,
+        sample: Callable[[Rows], Round],
+        order: Sequence[int] | None = None,
+    ) -> Round:
         """
         Sample a step: the prompts of the data loader, then those of each refill round.
 
@@ -103,6 +110,8 @@ class Refilling:
                 Optimizer steps made so far.
             sample (`Callable`):
                 Generates and scores this rank's rows. All ranks call it together, with equally many.
+            order (`Sequence[int]`, *optional*):
+                Positions in the dataset in the order in which refill rounds take them. `None` draws uniformly.
 
         Returns:
             [`Round`]: All rounds together. Their metrics are in the lists.
@@ -120,7 +129,8 @@ class Refilling:
             needed = self._prompts_needed(rounds)
             if needed and len(rounds) == 1:
                 keys = set(gather_object(sorted(keys)))
-            rows = self._read_rows(rounds, dataset, step, columns, keys, needed) if needed else []
+            drawn = draw_order(len(dataset), self.seed, step, len(rounds)) if order is None else order
+            rows = self._read_rows(rounds, dataset, drawn, columns, keys, needed) if needed else []
         merged = self._merge(rounds)
         exact = reward_metrics(merged.rewards_per_func, merged.rollout.rewards, self.reward_names)
         metrics.put(exact | _counts(merged, len(rounds) - 1))
@@ -146,7 +156,13 @@ class Refilling:
         return prompts_needed(informative, sampled, target, self._multiple(group_size))
 
     def _read_rows(
-        self, rounds: Sequence[Round], dataset: Any, step: int, columns: Sequence[str], keys: set[str], needed: int
+        self,
+        rounds: Sequence[Round],
+        dataset: Any,
+        order: Iterable[int],
+        columns: Sequence[str],
+        keys: set[str],
+        needed: int,
     ) -> Rows:
         """
         Read this rank's rows of the next round, and add its prompts to `keys`.
@@ -164,7 +180,7 @@ class Refilling:
             return {name: row[name] for name in columns}  # as the data loader's, which may leave out columns
 
         try:
-            for index in draw_order(len(dataset), self.seed, step, len(rounds)):
+            for index in order:
                 if len(indices) == needed:
                     break
                 key = row_key(read(index))

@@ -27,13 +27,13 @@ def split_of(problem: str) -> str:
     raise AssertionError("SPLIT_SHARES must add up to 10")
 
 
-def make_problem(rng: random.Random) -> dict[str, str]:
-    """Draw one problem, its worked solution and its answer."""
-    result = rng.randint(1, LARGEST_OPERAND)
+def make_problem(rng: random.Random, largest: int = LARGEST_OPERAND) -> dict[str, str]:
+    """Draw one problem with operands up to `largest`, its worked solution and its answer."""
+    result = rng.randint(1, largest)
     problem, steps = str(result), []
     for _ in range(2):
         sign = rng.choice("+-") if result else "+"
-        operand = rng.randint(1, LARGEST_OPERAND if sign == "+" else min(result, LARGEST_OPERAND))
+        operand = rng.randint(1, largest if sign == "+" else min(result, largest))
         partial = result + operand if sign == "+" else result - operand
         problem += f"{sign}{operand}"
         steps.append(f"{result}{sign}{operand}={partial}")
