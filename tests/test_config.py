@@ -223,6 +223,8 @@ def test_every_field_is_documented_and_overrides_keep_the_parents_names():
         "pass_at_k_reward",
         "rollout_importance_sampling_correction",
         "skip_uninformative",
+        "vllm_dtype",
+        "vllm_logp_tolerance",
     }
     for name in OPOConfig.__annotations__:
         assert own[name].metadata["help"]

@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 from transformers.training_args import OptimizerNames
 from trl import GRPOConfig
 
+from .on_policy.engine_dtype import check_vllm_dtype
 from .on_policy.sampling_settings import NEUTRAL_VALUES, distribution_changes
+from .on_policy.self_test import check_tolerance
 
 
 class _Rule(NamedTuple):
@@ -88,6 +90,13 @@ class OPOConfig(GRPOConfig):
             With a `rollout_func`: weigh each token by `exp(log pi - logprob)` with the `logprobs` that it returns. Off
             unless asked for, since TRL demands the key and many functions fill it with zeros. Generation by vLLM
             itself is corrected under `vllm_importance_sampling_correction`, as in [`~trl.GRPOConfig`].
+        vllm_dtype (`str`, *optional*):
+            Dtype of the vLLM engine that the trainer starts: `"float32"`, `"bfloat16"`, `"float16"`, or `"auto"` for
+            vLLM's own choice, which is bfloat16 for a float32 model. `None` takes the one that the trainer computes in:
+            bfloat16 under `bf16`, float16 under `fp16`, else that of the weights. A server takes `--dtype`.
+        vllm_logp_tolerance (`float`, *optional*, defaults to `0.1`):
+            Largest mean absolute difference, in nats per token, between the log-probabilities of vLLM and of the policy
+            that the self-test before the first step accepts. `None` skips the self-test.
         pass_at_k_reward (`str`, *optional*):
             Name of the reward function whose value 1 means that a completion is correct. Evaluation then logs
             `eval_pass@1` to `eval_pass@K` of its `num_generations_eval` = K completions per problem. `None` takes
@@ -127,6 +136,14 @@ class OPOConfig(GRPOConfig):
     rollout_importance_sampling_correction: bool = field(
         default=False,
         metadata={"help": "With a rollout_func: correct for its sampler with the logprobs that it returns."},
+    )
+    vllm_dtype: str | None = field(
+        default=None,
+        metadata={"help": "Dtype of the colocated vLLM engine, or 'auto' for vLLM's choice; None: the trainer's."},
+    )
+    vllm_logp_tolerance: float | None = field(
+        default=0.1,
+        metadata={"help": "Nats by which vLLM may differ from the policy before the first step; None: no self-test."},
     )
     pass_at_k_reward: str | None = field(
         default=None,
@@ -187,6 +204,9 @@ class OPOConfig(GRPOConfig):
         self._check_one_step_per_rollout_batch()
         self._check_optimizer()
         self._check_generation_kwargs()
+        if self.use_vllm:
+            check_vllm_dtype(self.vllm_dtype, self.vllm_mode)
+            check_tolerance(self.vllm_logp_tolerance)
         if not self.temperature > 0:
             raise ValueError(
                 f"OPO {_OWN_SAMPLER}: `temperature` must be above 0 (0 is greedy), got {self.temperature!r}. Use 1.0."
