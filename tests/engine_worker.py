@@ -22,12 +22,14 @@ from accelerate.utils import DeepSpeedPlugin
 from torch import distributed, nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
+from trl.trainer import grpo_trainer
 
 from engines import (
     BAD_NUMBERS,
     CASES,
     EVALUATIONS,
     PROCESSES,
+    SELF_TESTS,
     STOPPED,
     evaluating_trainer,
     logged_steps,
@@ -39,6 +41,7 @@ from opo_trl import OPOTrainer
 from opo_trl.rewards import math_verify_reward
 from opo_trl.scripts.policies import EMBEDDED_MODEL, model_path
 from opo_trl.scripts.problems import load_problems
+from policy_engine import PolicyEngine
 from test_resume import REFILLED, lora_model, sampling_trainer
 from tiny import scripted_dataset, scripted_reward, scripted_rollout, scripted_trainer, tiny_config, tiny_model
 
@@ -201,6 +204,22 @@ def run_stopped(case: str, folder: Path) -> None:
     )
     if case == "half a batch":
         trainer.__class__ = HalfABatchOnOneRank
+    leave_refusal(trainer, folder)
+
+
+def run_self_test(case: str, folder: Path) -> None:
+    """An engine that draws from the policy, or on the second rank reports NaN: leave each rank's message."""
+    grpo_trainer.VLLMGeneration = PolicyEngine
+    trainer = scripted_trainer(
+        folder,
+        rollout=None,
+        reward_funcs=lambda completions, **_: [float(len(text) % 7) for text in completions],
+        use_vllm=True,
+        temperature=0.8,
+        **ENGINE,
+    )
+    if distributed.get_rank() == 1 and case == "wrong engine on one rank":
+        trainer.vllm_generation.nan_every = 5
     leave_refusal(trainer, folder)
 
 
@@ -375,6 +394,8 @@ def main() -> None:
             run_preempted(case, folder)
         elif case in STOPPED:
             run_stopped(case, folder)
+        elif case in SELF_TESTS:
+            run_self_test(case, folder)
         elif case == "streamed evaluation":
             run_streamed_evaluation(folder)
         elif case in BAD_NUMBERS:

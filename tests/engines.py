@@ -94,6 +94,12 @@ STOPPED = {
     "rollout batch, got [8, 4] on the 2 rank(s)",
 }
 
+# What the self-test of a vLLM engine must find, on both ranks.
+SELF_TESTS = {
+    "right engine": "trained",
+    "wrong engine on one rank": "of its log-probabilities are NaN (accepted: 1%)",
+}
+
 # What one rank's loss becomes, its gradient staying finite; and the other way round.
 BAD_NUMBERS = {"infinite loss": float("inf"), "NaN loss": float("nan"), "NaN gradient": None}
 

@@ -225,6 +225,8 @@ def test_every_field_is_documented_and_overrides_keep_the_parents_names():
         "prompt_sampling",
         "rollout_importance_sampling_correction",
         "skip_uninformative",
+        "vllm_dtype",
+        "vllm_logp_tolerance",
     }
     for name in OPOConfig.__annotations__:
         assert own[name].metadata["help"]

@@ -22,6 +22,8 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils.hub import PushInProgress
 from trl import GRPOConfig, GRPOTrainer
+from trl.generation.vllm_client import VLLMClient
+from trl.generation.vllm_generation import VLLMGeneration
 
 import opo_trl
 from opo_trl import OPOTrainer
@@ -139,6 +141,19 @@ def test_generation_of_one_turn_and_of_tools(tmp_path):
     trainer.train()
     assert trainer._step == 1
     assert trainer._tr_loss.shape == ()
+
+
+def test_the_engine_is_built_without_a_dtype():
+    """`opo_trl.on_policy.engine_dtype` gives it one by TRL's name for `vllm.LLM`, and asks an engine for its own."""
+    assert parameters(GRPOTrainer._generate_single_turn)[1:3] == ["prompt_ids", "images"]
+    source = inspect.getsource(VLLMGeneration)
+    assert source.count("LLM(") == 1
+    assert "self.llm = LLM(" in source
+    assert "dtype=" not in source
+    assert "self.vllm_client = VLLMClient(" in source
+    assert ".llm.llm_engine.model_config.max_model_len" in inspect.getsource(GRPOTrainer)
+    assert 'vllm_client.get_server_info()["model_config"]' in inspect.getsource(GRPOTrainer)
+    assert "raise RuntimeError(" in inspect.getsource(VLLMClient.get_server_info), "of a server that does not report"
 
 
 def test_compute_loss():

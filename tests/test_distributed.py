@@ -9,6 +9,7 @@ from engines import (
     BAD_NUMBERS,
     CASES,
     EVALUATIONS,
+    SELF_TESTS,
     STOPPED,
     check_bad_number,
     evaluating_trainer,
@@ -30,7 +31,7 @@ FULL_DISK = "full disk on rank 1"
 def runs(tmp_path_factory):
     """All cases in one pair of processes: their start costs more than the training. Returns outcomes and folder."""
     directory = tmp_path_factory.mktemp("ddp")
-    cases = [*QUICK, *EVALUATIONS, *STOPPED, *BAD_NUMBERS, *PREEMPTED]
+    cases = [*QUICK, *EVALUATIONS, *SELF_TESTS, *STOPPED, *BAD_NUMBERS, *PREEMPTED]
     cases += ["infinite on one rank", "math reward", "streamed evaluation", FULL_DISK]
     return two_processes("ddp", cases, directory), directory
 
@@ -53,6 +54,13 @@ def test_what_goes_wrong_on_one_rank_is_raised_on_both_with_one_message(runs, ca
     messages = [(runs[1] / case / f"message.{rank}").read_text() for rank in (0, 1)]
     assert messages[0] == messages[1]
     assert STOPPED[case] in messages[0]
+
+
+@pytest.mark.parametrize("case", SELF_TESTS)
+def test_an_engine_is_judged_by_all_ranks_together(runs, case):
+    messages = [(runs[1] / case / f"message.{rank}").read_text() for rank in (0, 1)]
+    assert messages[0] == messages[1]
+    assert SELF_TESTS[case] in messages[0]
 
 
 def test_a_streamed_evaluation_set_has_no_pass_at_k_and_evaluates(runs):

@@ -12,6 +12,7 @@ from engines import (
     CONFIGS,
     ENGINES,
     EVERY_ENGINE,
+    SELF_TESTS,
     accelerate_config,
     check_bad_number,
     ends_of_two_processes,
@@ -36,7 +37,8 @@ def run_of(tmp_path_factory):
         if engine.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
             pytest.skip("deepspeed is not installed: `make test-slow` installs it")
         directory = tmp_path_factory.mktemp(engine)
-        two_processes(engine, [*EVERY_ENGINE, *BAD_NUMBERS, "generating", *REFUSED.get(engine, [])], directory)
+        cases = [*EVERY_ENGINE, *BAD_NUMBERS, *SELF_TESTS, "generating", *REFUSED.get(engine, [])]
+        two_processes(engine, cases, directory)
         return directory
 
     return run
@@ -74,6 +76,15 @@ def test_an_engine_samples_trains_evaluates_and_saves(run_of, engine):
     assert len(outcome.logs) == 2
     assert all(log["grad_norm"] > 0 for log in outcome.logs)
     assert (outcome.saved / "model.safetensors").stat().st_size > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SELF_TESTS)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_self_test_of_vllm_scores_with_sharded_weights(run_of, engine, case):
+    messages = [(run_of(engine) / case / f"message.{rank}").read_text() for rank in (0, 1)]
+    assert messages[0] == messages[1]
+    assert SELF_TESTS[case] in messages[0]
 
 
 @pytest.mark.slow

@@ -234,6 +234,7 @@ def script_reward(prompts, completions, **kwargs):
 
 def vllm_trainer(tmp_path, monkeypatch, **settings):
     monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", StubEngine)
+    settings = {"vllm_logp_tolerance": None, **settings}  # the stub plays a script: it is not the policy
     return scripted_trainer(tmp_path, rollout=None, reward_funcs=script_reward, use_vllm=True, **settings)
 
 

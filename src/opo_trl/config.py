@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 from transformers.training_args import OptimizerNames
 from trl import GRPOConfig
 
+from .on_policy.engine_dtype import check_vllm_dtype
 from .on_policy.sampling_settings import NEUTRAL_VALUES, distribution_changes
+from .on_policy.self_test import check_tolerance
 
 
 class _Rule(NamedTuple):
@@ -100,6 +102,13 @@ class OPOConfig(GRPOConfig):
             their rewards so far; one draw in ten is uniform
             ([`~opo_trl.rollouts.prompt_sampling.PromptSampling`]). The gradient is then that of the expected reward of
             the prompts as they are drawn. Needs a training set that can be indexed; an epoch keeps its number of steps.
+        vllm_dtype (`str`, *optional*):
+            Dtype of the vLLM engine that the trainer starts: `"float32"`, `"bfloat16"`, `"float16"`, or `"auto"` for
+            vLLM's own choice, which is bfloat16 for a float32 model. `None` takes the one that the trainer computes in:
+            bfloat16 under `bf16`, float16 under `fp16`, else that of the weights. A server takes `--dtype`.
+        vllm_logp_tolerance (`float`, *optional*, defaults to `0.1`):
+            Largest mean absolute difference, in nats per token, between the log-probabilities of vLLM and of the policy
+            that the self-test before the first step accepts. `None` skips the self-test.
         pass_at_k_reward (`str`, *optional*):
             Name of the reward function whose value 1 means that a completion is correct. Evaluation then logs
             `eval_pass@1` to `eval_pass@K` of its `num_generations_eval` = K completions per problem. `None` takes
@@ -149,6 +158,14 @@ class OPOConfig(GRPOConfig):
     prompt_sampling: str = field(
         default="uniform",
         metadata={"help": "Prompts of a step: 'uniform', or 'informative', those whose rewards are likely to differ."},
+    )
+    vllm_dtype: str | None = field(
+        default=None,
+        metadata={"help": "Dtype of the colocated vLLM engine, or 'auto' for vLLM's choice; None: the trainer's."},
+    )
+    vllm_logp_tolerance: float | None = field(
+        default=0.1,
+        metadata={"help": "Nats by which vLLM may differ from the policy before the first step; None: no self-test."},
     )
     pass_at_k_reward: str | None = field(
         default=None,
@@ -209,6 +226,9 @@ class OPOConfig(GRPOConfig):
         self._check_one_step_per_rollout_batch()
         self._check_optimizer()
         self._check_generation_kwargs()
+        if self.use_vllm:
+            check_vllm_dtype(self.vllm_dtype, self.vllm_mode)
+            check_tolerance(self.vllm_logp_tolerance)
         if not self.temperature > 0:
             raise ValueError(
                 f"OPO {_OWN_SAMPLER}: `temperature` must be above 0 (0 is greedy), got {self.temperature!r}. Use 1.0."

@@ -18,10 +18,13 @@ from .algorithm.rollout import combine_rewards, estimate_advantages, sum_over_to
 from .config import OPOConfig
 from .evaluation.pass_at_k import CorrectCompletions
 from .on_policy.determinism import disable_dropout
+from .on_policy.engine_dtype import built_with_dtype, warn_of_other_dtype
 from .on_policy.preflight import check_arguments, check_loaded_model, pass_at_k_reward
 from .on_policy.rollout_position import check_position, check_rollout_size
 from .on_policy.sampler_correction import correct_sampler
+from .on_policy.sampler_drift import SamplerDriftWarning
 from .on_policy.sampling_settings import check_generation_config
+from .on_policy.self_test import SelfTest
 from .rollouts.chosen_prompts import ChosenPrompts
 from .rollouts.learning_signal import NoSignalWarning
 from .rollouts.refilling import Refilling, check_refilling
@@ -53,7 +56,8 @@ class OPOTrainer(ReliableRuns, GRPOTrainer):
        normaliser for the rollout batch.
     3. What would make it off-policy by accident is refused before training starts: config fields that contradict OPO
        ([`OPOConfig`]), a plain `GRPOConfig`, and a sampler that is not the policy, down to what a model's own
-       generation config sets. Dropout of every kind is switched off.
+       generation config sets. A vLLM engine gets the trainer's dtype, and its first completions are compared with
+       the policy ([`~opo_trl.on_policy.self_test.SelfTest`]). Dropout of every kind is switched off.
     4. Runs resume bitwise, survive kills and failing rewards, and every checkpoint that should be pushed is
        ([`~opo_trl.runs.reliable_runs.ReliableRuns`]).
 
@@ -91,7 +95,8 @@ class OPOTrainer(ReliableRuns, GRPOTrainer):
         ValueError: If `args` is not an [`OPOConfig`] or contradicts OPO; if a dataset is empty, lacks `prompt`, or
             holds fewer prompts than one rollout batch; if message prompts meet a tokenizer without a chat template; if
             the model has no trainable parameter, or its generation config makes the sampler another distribution than
-            the policy; during training, on all ranks alike, if a reward is infinite.
+            the policy; during training, on all ranks alike, if a reward is infinite, or, before the first step, if a
+            vLLM engine does not sample from the policy.
         RewardError: During training, on all ranks alike, if a reward or rollout function raises on any of them.
     """
 
@@ -131,7 +136,8 @@ class OPOTrainer(ReliableRuns, GRPOTrainer):
         processing_class = check_arguments(
             model, reward_funcs, args, train_dataset, eval_dataset, processing_class, *rest, **kwargs
         )
-        super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, *rest, **kwargs)
+        with built_with_dtype(args, lambda: self.model):
+            super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, *rest, **kwargs)
         check_loaded_model(self.model, args, self.get_tp_size(), self.get_cp_size(), self.get_sp_size())
         disable_dropout(self.model)
         self._check_sampler()
@@ -150,6 +156,18 @@ class OPOTrainer(ReliableRuns, GRPOTrainer):
         )
         self.vllm_importance_sampling_correction = False
         self.add_callback(NoSignalWarning)
+        tolerance = args.vllm_logp_tolerance if self.use_vllm and self.rollout_func is None else None
+        self.add_callback(SamplerDriftWarning(tolerance))
+        self._self_test = SelfTest(
+            self.accelerator,
+            self.temperature,
+            self._tokenizer.pad_token_id,
+            tolerance,
+            args.vllm_mode,
+            lambda batch: self._token_scores(self.model, batch, compute_entropy=True)[:2],
+        )
+        if self.use_vllm and self.accelerator.is_main_process:
+            warn_of_other_dtype(self.vllm_generation, args, self.model)
         self._rows_per_rank = args.per_device_train_batch_size * args.steps_per_generation
         self._planner = UpdatePlanner(
             micro_batches=args.steps_per_generation,
@@ -223,6 +241,7 @@ class OPOTrainer(ReliableRuns, GRPOTrainer):
         """Train as [`ReliableRuns`] does, after another check of the on-policy contract."""
         self.args.check_contract()
         self._check_sampler()
+        self._self_test.start()
         return super().train(*args, **kwargs)
 
     def _find_checkpoint(self, resume_from_checkpoint: str | bool | None) -> str | None:
@@ -266,6 +285,12 @@ class OPOTrainer(ReliableRuns, GRPOTrainer):
     def _describe_method(self) -> tuple[str, dict[str, Any]]:
         weight = f"{self.args.baseline_weight}, to the power of {self.args.length_exponent:g}"
         return METHOD, {"weight in the baseline": weight}
+
+    def _generate_single_turn(self, prompt_ids: Any, images: Any, *args: Any, **kwargs: Any) -> Any:
+        completion_ids, logprobs = super()._generate_single_turn(prompt_ids, images, *args, **kwargs)
+        if self.model.training:
+            self._self_test.check(self.model, prompt_ids, images, completion_ids, logprobs)
+        return completion_ids, logprobs
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         with self._phases.measure("score"):
