@@ -23,6 +23,7 @@ from .on_policy.rollout_position import check_position, check_rollout_size
 from .on_policy.sampler_correction import correct_sampler
 from .on_policy.sampling_settings import check_generation_config
 from .rollouts.learning_signal import NoSignalWarning
+from .rollouts.server_generation import check_weight_directory, server_generation
 from .runs.reliable_runs import ReliableRuns
 from .runs.tracking import versions
 from .update.extra_forward import score_batch, score_planned_rows
@@ -126,7 +127,9 @@ class OPOTrainer(ReliableRuns, GRPOTrainer):
         processing_class = check_arguments(
             model, reward_funcs, args, train_dataset, eval_dataset, processing_class, *rest, **kwargs
         )
-        super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, *rest, **kwargs)
+        check_weight_directory(args)
+        with server_generation(args):
+            super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, *rest, **kwargs)
         check_loaded_model(self.model, args, self.get_tp_size(), self.get_cp_size(), self.get_sp_size())
         disable_dropout(self.model)
         self._check_sampler()
