@@ -49,7 +49,7 @@ test-slow: $(ENGINES_READY)
 	$(BIN)/python -m pytest -m slow
 
 test-vllm: $(VLLM_READY)
-	$(VLLM_VENV)/bin/python -m pytest tests/test_vllm.py
+	$(VLLM_VENV)/bin/python -m pytest tests/test_vllm.py tests/test_vllm_server.py
 
 test-lowest: $(READY)
 	.ci/test_versions lowest

@@ -44,6 +44,7 @@ from opo_trl.scripts.problems import load_problems
 from policy_engine import PolicyEngine
 from test_resume import REFILLED, lora_model, sampling_trainer
 from tiny import scripted_dataset, scripted_reward, scripted_rollout, scripted_trainer, tiny_config, tiny_model
+from vllm_stand_in import Died, vllm_stand_in
 
 USES_DEEPSPEED = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
 # accelerate passes DeepSpeed over where `use_cpu` is set, and sees one process where no backend is named;
@@ -251,6 +252,46 @@ def run_refused(case: str, folder: Path) -> None:
     leave_refusal(trainer, folder)
 
 
+def run_against_server(case: str, folder: Path) -> None:
+    """A server that both ranks generate with, which the main process alone talks to: leave each rank's message."""
+    (folder / "weights").mkdir(exist_ok=True)
+    with vllm_stand_in() as server:
+        trained: list[dict[str, torch.Tensor]] = []
+
+        def reward(completions, **kwargs):
+            trained.append({name: p.detach().clone() for name, p in trainer.model.named_parameters()})
+            return [-float(len(completion)) for completion in completions]
+
+        def die():
+            if "dies" in case and len(server.served) == 1:
+                raise Died
+
+        def refuse():
+            if "refuses" in case and list((folder / "weights").glob("*-000001.safetensors")):
+                raise RuntimeError("no room for these weights")
+
+        def restart():
+            if "restarts" in case and len(server.served) == 2:
+                server.restart()
+
+        server.faults |= {"/v1/completions": die, "/collective_rpc": refuse}
+        server.after["/v1/completions"] = restart
+        server.extension = "" if "extension" in case else server.extension
+        settings = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": server.url, **ENGINE}
+        settings |= {"vllm_weight_transfer": "file", "vllm_weight_dir": str(folder / "weights"), "learning_rate": 1e-2}
+        message = "trained"
+        try:
+            trainer = scripted_trainer(folder, rollout=None, reward_funcs=reward, **{**SAVING, **settings})
+            trainer.train()
+        except (ValueError, RuntimeError) as error:
+            message = str(error)
+        rank = distributed.get_rank()
+        (folder / f"message.{rank}").write_text(message)
+        if rank == 0:
+            torch.save([weights for _, weights in server.served], folder / "served.pt")
+        torch.save(trained, folder / f"trained.{rank}.pt")
+
+
 def leave_refusal(trainer: OPOTrainer, folder: Path) -> None:
     """Train, and leave each rank's message."""
     try:
@@ -400,6 +441,8 @@ def main() -> None:
             run_streamed_evaluation(folder)
         elif case in BAD_NUMBERS:
             run_bad_number(case, folder)
+        elif case.startswith("server"):
+            run_against_server(case, folder)
         elif case.startswith("full disk"):
             run_out_of_space(case, folder)
         else:

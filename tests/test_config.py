@@ -106,6 +106,30 @@ def test_vllm_is_given_every_sampling_setting(field):
     config(**{field: None})
 
 
+FILE = {"use_vllm": True, "vllm_mode": "server", "vllm_weight_transfer": "file", "vllm_weight_dir": "/dev/shm/weights"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"vllm_weight_transfer": "gloo"}, "`vllm_weight_transfer` must be 'nccl' or 'file', got 'gloo'"),
+        ({"vllm_mode": "colocate"}, "`use_vllm` must be True .* got `use_vllm=True` and `vllm_mode='colocate'`"),
+        ({"use_vllm": False}, "`use_vllm` must be True .* got `use_vllm=False` and `vllm_mode='server'`"),
+        ({"vllm_weight_dir": None}, "`vllm_weight_dir` must name a directory .* got None"),
+        ({"vllm_weight_dir": ""}, "`vllm_weight_dir` must name a directory .* got ''"),
+        ({"vllm_weight_transfer": "nccl"}, "`vllm_weight_dir` must be None without .* got '/dev/shm/weights'"),
+    ],
+)
+def test_weights_through_a_file_need_a_server_and_a_directory(fields, message):
+    with pytest.raises(ValueError, match=message):
+        config(**{**FILE, **fields})
+    config(**FILE)
+
+
+def test_trls_transfer_of_weights_is_the_default():
+    assert (config().vllm_weight_transfer, config().vllm_weight_dir) == ("nccl", None)
+
+
 def test_ligers_layer_kernels_are_accepted():
     """They compute the same layers, for the sampler and for the update alike."""
     assert config(use_liger_kernel=True).use_liger_kernel
@@ -227,6 +251,8 @@ def test_every_field_is_documented_and_overrides_keep_the_parents_names():
         "skip_uninformative",
         "vllm_dtype",
         "vllm_logp_tolerance",
+        "vllm_weight_dir",
+        "vllm_weight_transfer",
     }
     for name in OPOConfig.__annotations__:
         assert own[name].metadata["help"]

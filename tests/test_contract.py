@@ -22,6 +22,7 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils.hub import PushInProgress
 from trl import GRPOConfig, GRPOTrainer
+from trl.generation import vllm_generation
 from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
 
@@ -215,6 +216,30 @@ def test_accumulation_is_counted_by_the_parent(tmp_path):
     trainer.train()
     assert trainer.current_gradient_accumulation_steps == 4
     assert trainer.accelerator.sync_gradients is True
+
+
+def test_generation_by_a_server():
+    """What `opo_trl.rollouts.server_generation` puts in the place of TRL's classes, and what it overrides of them."""
+    module = sys.modules[GRPOTrainer.__module__]
+    assert module.VLLMGeneration is VLLMGeneration
+    assert "VLLMGeneration(" in inspect.getsource(GRPOTrainer.__init__)
+    connect = inspect.getsource(VLLMGeneration._init_vllm)
+    assert "self.vllm_client = VLLMClient(" in connect
+    assert "self.vllm_client.init_communicator(device=" in connect
+    assert connect.rstrip().endswith("accelerator.wait_for_everyone()"), "where ranks meet after a failure"
+    assert vllm_generation.VLLMClient is VLLMClient
+    assert parameters(VLLMGeneration.sync_weights) == ["self"]
+    assert parameters(VLLMGeneration.generate)[:4] == ["self", "prompts", "images", "num_generations"]
+    assert "broadcast_object_list(obj_list, from_process=0)" in inspect.getsource(VLLMGeneration.generate)
+    names = ["self", "base_url", "host", "server_port", "group_port", "connection_timeout"]
+    assert parameters(VLLMClient.__init__) == names
+    assert "self.session = requests.Session()" in inspect.getsource(VLLMClient.__init__)
+    assert parameters(VLLMClient.check_server) == ["self", "total_timeout", "retry_interval"]
+    assert parameters(VLLMClient.init_communicator) == ["self", "device"]
+    assert parameters(VLLMClient.update_named_params) == ["self", "metadata", "named_params"]
+    assert parameters(VLLMClient.reset_prefix_cache) == ["self"]
+    assert parameters(VLLMClient.image_features)[:2] == ["self", "images"]
+    assert parameters(VLLMClient.generate)[:4] == ["self", "prompts", "features", "n"]
 
 
 # Fields of GRPOConfig that cannot contradict OPO, or that `OPOConfig.check_contract` judges apart from its table.

@@ -4,6 +4,7 @@ import itertools
 import json
 
 import pytest
+import torch
 
 from engines import (
     BAD_NUMBERS,
@@ -25,6 +26,13 @@ QUICK += ["every column", "token uncertainty", "LoRA", "one micro-batch", "dr_gr
 QUICK += ["full, refilled", "full, chosen prompts"]
 PREEMPTED = ["preempted", "preempted, LoRA", "preempted, refilled", "preempted, chosen prompts"]
 FULL_DISK = "full disk on rank 1"
+# A vLLM server that the main process alone talks to, and what both ranks raise.
+SERVERS = {
+    "server dies": "failed while generating: ConnectionError: ",
+    "server refuses": "failed while taking new weights: /collective_rpc answers 500: ",
+    "server restarts": "failed while generating: the policy is version ",
+    "server without extension": "got 'none'. Restart it with `--worker-extension-cls ",
+}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +40,7 @@ def runs(tmp_path_factory):
     """All cases in one pair of processes: their start costs more than the training. Returns outcomes and folder."""
     directory = tmp_path_factory.mktemp("ddp")
     cases = [*QUICK, *EVALUATIONS, *SELF_TESTS, *STOPPED, *BAD_NUMBERS, *PREEMPTED]
-    cases += ["infinite on one rank", "math reward", "streamed evaluation", FULL_DISK]
+    cases += ["infinite on one rank", "math reward", "streamed evaluation", FULL_DISK, "server", *SERVERS]
     return two_processes("ddp", cases, directory), directory
 
 
@@ -102,6 +110,28 @@ def test_pass_at_k_counts_each_problem_once(runs, tmp_path, case):
         assert one[f"eval_pass@{k}"] == pytest.approx(expected)
         assert two[f"eval_pass@{k}"] == pytest.approx(expected)
     assert f"eval_pass@{completions + 1}" not in one
+
+
+@pytest.mark.parametrize("case", SERVERS)
+def test_a_server_that_fails_is_raised_on_both_ranks_with_one_message(runs, case):
+    """Only the main process knows: without agreement the other one waits in the collective that brings completions."""
+    messages = [(runs[1] / case / f"message.{rank}").read_text() for rank in (0, 1)]
+    assert messages[0] == messages[1]
+    assert SERVERS[case] in messages[0]
+    if case != "server without extension":
+        assert latest_complete(runs[1] / case)[0].name == "checkpoint-1", "of the step before"
+
+
+def test_a_server_samples_for_both_ranks_from_the_weights_that_they_train(runs):
+    folder = runs[1] / "server"
+    assert [(folder / f"message.{rank}").read_text() for rank in (0, 1)] == ["trained", "trained"]
+    served = torch.load(folder / "served.pt")
+    for rank in (0, 1):
+        trained = torch.load(folder / f"trained.{rank}.pt")
+        assert len(trained) == len(served) == 3
+        for weights, expected in zip(served, trained, strict=True):
+            assert weights.keys() == expected.keys()
+            assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("case", PREEMPTED)

@@ -113,6 +113,13 @@ class OPOConfig(GRPOConfig):
             Name of the reward function whose value 1 means that a completion is correct. Evaluation then logs
             `eval_pass@1` to `eval_pass@K` of its `num_generations_eval` = K completions per problem. `None` takes
             `math_verify_reward` where it is among the reward functions. A streamed evaluation dataset has no pass@k.
+        vllm_weight_transfer (`str`, *optional*, defaults to `"nccl"`):
+            How a vLLM server gets the weights. `"nccl"` is TRL's own transfer, between CUDA devices. `"file"` writes a
+            file that the server reads, on any device, and accepts no completions of other weights than the latest; the
+            server runs with a worker extension ([commands](vllm.md#weights-through-a-file)).
+        vllm_weight_dir (`str`, *optional*):
+            With `vllm_weight_transfer="file"`, an existing directory that the main process and the server see under the
+            same path, such as one of a shared file system, or of `/dev/shm` for a server on the same machine.
 
         > Defaults that differ from [`~trl.GRPOConfig`]
 
@@ -170,6 +177,14 @@ class OPOConfig(GRPOConfig):
     pass_at_k_reward: str | None = field(
         default=None,
         metadata={"help": "Reward whose value 1 counts as correct in eval_pass@k; None: math_verify_reward."},
+    )
+    vllm_weight_transfer: str = field(
+        default="nccl",
+        metadata={"help": "How a vLLM server gets the weights: 'nccl' (TRL's own transfer) or 'file'."},
+    )
+    vllm_weight_dir: str | None = field(
+        default=None,
+        metadata={"help": "With vllm_weight_transfer='file': directory that trainer and server both see."},
     )
     scale_rewards: str = field(
         default="none",
@@ -229,6 +244,7 @@ class OPOConfig(GRPOConfig):
         if self.use_vllm:
             check_vllm_dtype(self.vllm_dtype, self.vllm_mode)
             check_tolerance(self.vllm_logp_tolerance)
+        self._check_weight_transfer()
         if not self.temperature > 0:
             raise ValueError(
                 f"OPO {_OWN_SAMPLER}: `temperature` must be above 0 (0 is greedy), got {self.temperature!r}. Use 1.0."
@@ -348,6 +364,33 @@ class OPOConfig(GRPOConfig):
                 f"{self.steps_per_generation} (a rollout batch of {self.generation_batch_size} completions where one "
                 f"step takes {one_step}). Leave `steps_per_generation` out; for a larger rollout batch raise "
                 "`gradient_accumulation_steps`. Build a new OPOConfig rather than changing batch sizes in an old one."
+            )
+
+    def _check_weight_transfer(self) -> None:
+        """Refuse a transfer of weights that does not exist, or that has no server or no directory."""
+        if self.vllm_weight_transfer not in ("nccl", "file"):
+            raise ValueError(
+                f"`vllm_weight_transfer` must be 'nccl' or 'file', got {self.vllm_weight_transfer!r}. Leave "
+                "`vllm_weight_transfer` out for TRL's own transfer, or use 'file'."
+            )
+        if self.vllm_weight_transfer == "nccl":
+            if self.vllm_weight_dir is not None:
+                raise ValueError(
+                    "`vllm_weight_dir` must be None without `vllm_weight_transfer='file'`, got "
+                    f"{self.vllm_weight_dir!r}. Set `vllm_weight_transfer='file'`, or leave `vllm_weight_dir` out."
+                )
+            return
+        if not (self.use_vllm and self.vllm_mode == "server"):
+            raise ValueError(
+                "`vllm_weight_transfer='file'` sends weights to a vLLM server: `use_vllm` must be True and `vllm_mode` "
+                f"'server', got `use_vllm={self.use_vllm!r}` and `vllm_mode={self.vllm_mode!r}`. Set both, or leave "
+                "`vllm_weight_transfer` out."
+            )
+        if not self.vllm_weight_dir:
+            raise ValueError(
+                "`vllm_weight_dir` must name a directory that the main process and the server both see, where "
+                f"`vllm_weight_transfer='file'`, got {self.vllm_weight_dir!r}. Set it to a directory of a shared file "
+                "system, or of /dev/shm for a server on the same machine."
             )
 
     def _check_generation_kwargs(self) -> None:

@@ -29,6 +29,7 @@ from .rollouts.chosen_prompts import ChosenPrompts
 from .rollouts.learning_signal import NoSignalWarning
 from .rollouts.refilling import Refilling, check_refilling
 from .rollouts.rounds import Round
+from .rollouts.server_generation import check_weight_directory, server_generation
 from .runs.phases import StepPhases
 from .runs.reliable_runs import ReliableRuns
 from .runs.tracking import versions
@@ -136,7 +137,8 @@ class OPOTrainer(ReliableRuns, GRPOTrainer):
         processing_class = check_arguments(
             model, reward_funcs, args, train_dataset, eval_dataset, processing_class, *rest, **kwargs
         )
-        with built_with_dtype(args, lambda: self.model):
+        check_weight_directory(args)
+        with server_generation(args), built_with_dtype(args, lambda: self.model):
             super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, *rest, **kwargs)
         check_loaded_model(self.model, args, self.get_tp_size(), self.get_cp_size(), self.get_sp_size())
         disable_dropout(self.model)

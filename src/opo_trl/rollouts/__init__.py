@@ -1,1 +1,1 @@
-"""Which groups a step trains on, and whether they have a learning signal."""
+"""Which groups a step trains on, whether they have a learning signal, and the vLLM server that generates them."""

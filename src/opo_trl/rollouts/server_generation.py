@@ -1,0 +1,125 @@
+"""Generation by a vLLM server that several ranks share: what fails on the main process is raised on all of them."""
+
+import functools
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+from trl import GRPOTrainer
+from trl.generation import vllm_generation
+from trl.generation.vllm_generation import VLLMGeneration
+
+from .server_client import ServerClient
+from .weight_file import unusable_directory
+from .weight_file_client import WeightFileClient
+
+RESUME = (
+    " Nothing of this step is trained. Once the server works, resume from the last checkpoint "
+    "(`resume_from_checkpoint='auto'`)."
+)
+
+
+class ServerError(RuntimeError):
+    """A vLLM server did not do what it was asked for. All ranks raise it, with the same message."""
+
+
+class ServerGeneration(VLLMGeneration):
+    """TRL's generation in server mode, whose main process talks to the server through a [`ServerClient`]."""
+
+    vllm_client: ServerClient  # on the main process alone
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._raise_on_all_ranks()
+
+    def sync_weights(self) -> None:
+        """
+        Send the weights to the server.
+
+        Raises:
+            ServerError: On all ranks.
+        """
+        super().sync_weights()
+        self._raise_on_all_ranks(RESUME)
+
+    def generate(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """
+        Generate as [`~trl.generation.vllm_generation.VLLMGeneration.generate`] does.
+
+        Raises:
+            ServerError: On all ranks.
+        """
+        output: tuple[Any, ...] = super().generate(*args, **kwargs)
+        self._raise_on_all_ranks(RESUME)
+        return output
+
+    def _raise_on_all_ranks(self, advice: str = "") -> None:
+        error: Exception | None = None
+        message, is_setting = None, False
+        if self.accelerator.is_main_process:
+            failure = self.vllm_client.take_failure()
+            if failure is not None:
+                what, error = failure
+                is_setting = type(error) is ValueError
+                message = f"The vLLM server at {self.vllm_client.base_url} failed while {what}: {describe(error)}."
+        message, is_setting = broadcast_object_list([message, is_setting])
+        if message is None:
+            return
+        if is_setting:
+            raise ValueError(message) from error
+        raise ServerError(message + advice) from error
+
+
+def describe(error: Exception) -> str:
+    """Return an error's message, without the full stop; with its type where that says more."""
+    text = str(error).rstrip(".")
+    return text if type(error) in (ValueError, RuntimeError, ConnectionError) else f"{type(error).__name__}: {text}"
+
+
+def check_weight_directory(args: Any) -> None:
+    """
+    Refuse, before a model is loaded, a directory into which the main process cannot write weights.
+
+    Args:
+        args ([`OPOConfig`]):
+            The run's configuration.
+
+    Raises:
+        ValueError: On all ranks alike.
+    """
+    if args.vllm_weight_transfer != "file":
+        return
+    fault = unusable_directory(Path(args.vllm_weight_dir)) if args.process_index == 0 else None
+    [fault] = broadcast_object_list([fault])
+    if fault is not None:
+        raise ValueError(
+            "`vllm_weight_dir` must be an existing directory that the main process can write to, got "
+            f"{args.vllm_weight_dir!r}: {fault}. Create it, where the trainer and the server both see it."
+        )
+
+
+@contextmanager
+def server_generation(args: Any) -> Iterator[None]:
+    """
+    Have TRL build its server-mode generation from the classes here: its constructor names its own.
+
+    Args:
+        args ([`OPOConfig`]):
+            The run's configuration; in another mode than "server", nothing changes.
+    """
+    if not (args.use_vllm and args.vllm_mode == "server"):
+        yield
+        return
+    client: Any = ServerClient
+    if args.vllm_weight_transfer == "file":
+        client = functools.partial(WeightFileClient, directory=Path(args.vllm_weight_dir))
+    trainer_module: Any = sys.modules[GRPOTrainer.__module__]
+    theirs = vllm_generation.VLLMClient, trainer_module.VLLMGeneration
+    vllm_generation.VLLMClient, trainer_module.VLLMGeneration = client, ServerGeneration
+    try:
+        yield
+    finally:
+        vllm_generation.VLLMClient, trainer_module.VLLMGeneration = theirs
