@@ -1,4 +1,4 @@
-"""Everything runs offline, on the CPU, and within one process unless a test says otherwise."""
+"""Everything runs offline, on the CPU, and within one process unless a test or `make test-gpu` says otherwise."""
 
 import os
 
@@ -9,7 +9,10 @@ os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # rollout_func warns at each use
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# With several GPUs, one process would use nn.DataParallel, which OPOTrainer refuses.
+os.environ.setdefault("OPO_TEST_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+first_gpu = os.environ["OPO_TEST_GPUS"].split(",")[0] or "0"
+os.environ["CUDA_VISIBLE_DEVICES"] = first_gpu if os.environ.get("OPO_TEST_GPU") == "1" else ""
 
 import sys
 from contextlib import suppress

@@ -45,7 +45,9 @@ from tiny import scripted_dataset, scripted_reward, scripted_rollout, scripted_t
 USES_DEEPSPEED = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
 # accelerate passes DeepSpeed over where `use_cpu` is set, and sees one process where no backend is named;
 # DS_ACCELERATOR=cpu puts it on the CPU all the same.
-ENGINE = {"use_cpu": False, "ddp_backend": "gloo"} if USES_DEEPSPEED else {}
+ENGINE: dict[str, Any] = {"use_cpu": False, "ddp_backend": "gloo"} if USES_DEEPSPEED else {}
+if os.environ.get("OPO_TEST_NCCL") == "1":
+    ENGINE = {"use_cpu": False}
 SAVING = {
     "per_device_train_batch_size": 4,
     "gradient_accumulation_steps": 2,
