@@ -29,6 +29,9 @@ VLLM_VENV := .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.ready
 BUILD_VENV := .venv-build
 TRL ?= newest-trl
+# Each worker runs complete files, so that what a file's tests share is made once; one thread each, as cores are shared.
+WORKERS ?= 2
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 UNIT := baselines loss metrics config microbatches step_statistics sampler requested_checkpoint evaluation architecture release \
 	recipes code_blocks
 
@@ -42,10 +45,10 @@ train: $(READY)
 		--config_file examples/accelerate_configs/cpu.yaml examples/train_math.py
 
 unit: $(READY)
-	$(BIN)/python -m pytest $(UNIT:%=tests/test_%.py)
+	$(PYTEST) $(UNIT:%=tests/test_%.py)
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-slow: $(ENGINES_READY)
 	$(BIN)/python -m pytest -m slow

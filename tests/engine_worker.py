@@ -7,6 +7,7 @@ Trains each case in turn and leaves in `DIRECTORY/CASE` what the main process en
 ranks, logs, the engine that accelerate ran, and the model as `save_model` saves it.
 """
 
+import contextlib
 import errno
 import gc
 import json
@@ -26,9 +27,13 @@ from transformers import TrainerCallback
 from engines import (
     BAD_NUMBERS,
     CASES,
+    EVALUATE_MATH,
+    EVALUATION,
     EVALUATIONS,
     PROCESSES,
+    SETUP,
     STOPPED,
+    TRAIN_MATH,
     evaluating_trainer,
     logged_steps,
     train,
@@ -37,8 +42,10 @@ from engines import (
 )
 from opo_trl import OPOTrainer
 from opo_trl.rewards import math_verify_reward
+from opo_trl.scripts import evaluate_math
 from opo_trl.scripts.policies import EMBEDDED_MODEL, model_path
 from opo_trl.scripts.problems import load_problems
+from setup_worker import set_up
 from test_resume import lora_model, sampling_trainer
 from tiny import scripted_dataset, scripted_reward, scripted_rollout, scripted_trainer, tiny_config, tiny_model
 
@@ -326,6 +333,13 @@ def run_out_of_space(case: str, folder: Path) -> None:
         torch.save = save
 
 
+def run_setup(folder: Path) -> None:
+    """Set `train_math.py` up on both ranks: leave what each attempt came to, and what each rank printed."""
+    rank = os.environ["RANK"]  # there may be no process group yet
+    with (folder / f"printed.{rank}").open("w") as printed, contextlib.redirect_stdout(printed):
+        set_up(folder, [*TRAIN_MATH, "--output_dir", str(folder / "out")])
+
+
 def run_math_reward(folder: Path) -> None:
     """A reward that works differently on each rank must log alike on all: leave what each rank logged."""
     trainer = scripted_trainer(folder, reward_funcs=math_on_each_rank, log_completions=True, **ENGINE)
@@ -358,6 +372,7 @@ def main() -> None:
     if USES_DEEPSPEED:
         let_zero3_shard_tiny_weights()
     directory = Path(sys.argv[1])
+    gc.freeze()  # what has been imported stays, and the collections below need not look at it
     for case in sys.argv[2:]:
         folder = directory / case
         folder.mkdir(parents=True, exist_ok=True)
@@ -365,6 +380,10 @@ def main() -> None:
             run_scripted(case, folder)
         elif case in EVALUATIONS:
             run_evaluation(case, folder)
+        elif case == SETUP:
+            run_setup(folder)
+        elif case == EVALUATION:
+            evaluate_math.main([*EVALUATE_MATH, "--output_dir", str(folder)])
         elif case == "generating":
             run_generating(folder)
         elif case == "math reward":

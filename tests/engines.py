@@ -82,6 +82,15 @@ CASES: dict[str, dict[str, Any]] = {
 # Evaluations of so many problems with so many completions each, in global batches of so many rows.
 EVALUATIONS = {"incomplete last batch": (4, 4, 12), "groups on two ranks": (5, 2, 6), "fewer than a batch": (1, 4, 24)}
 
+# Of the scripts: one sets up while the other rank fails, the other continues an evaluation that was interrupted.
+SETUP, EVALUATION = "setup of train_math", "evaluate_math"
+TRAIN_MATH = ["--model_name_or_path", "tiny_policy", "--dataset_name", "arithmetic", "--num_train_problems", "16",
+              "--num_generations", "2", "--per_device_train_batch_size", "4", "--max_completion_length", "4",
+              "--max_steps", "1", "--report_to", "none"]  # fmt: skip
+EVALUATE_MATH = ["--models", "tiny_policy", "--datasets", "arithmetic", "--num_problems", "16", "--num_samples", "4",
+                 "--max_new_tokens", "40", "--temperature", "1.0", "--batch_size", "8", "--backend", "transformers",
+                 "--base_model", "tiny_policy", "--scoring_batch_size", "16"]  # fmt: skip
+
 # What must end both ranks with one message, though one of them alone is the cause.
 STOPPED = {
     "reward fails": "The reward function 'fails_on_one_rank' failed on rank 1: OverflowError: rank 1 only",
