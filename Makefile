@@ -5,11 +5,13 @@
 #   make test      the quick tests
 #   make test-slow the slow ones
 #   make test-vllm those that need vLLM, in an environment of their own (Linux; 2 GB)
+#   make test-gpu  the update on a CUDA GPU, two NCCL ranks where there are two, vLLM where it is installed
 #   make test-lowest  on the lowest versions that pyproject.toml admits, in an environment of their own
 #   make test-trl  on the newest TRL that is admitted, unless it is the tested one; TRL=1.17.0 names another
 #   make build     wheel and sdist, in dist/
 #   make test-build   install the wheel in a clean environment, and run README's Python there
 #   make benchmark the update and the reward against TRL's, about 34 minutes
+#   make benchmark-gpu  the update and a whole step against TRL's on a CUDA GPU, at the shape of Qwen2.5-0.5B
 #   make experiments  gradient variance, and OPO against GRPO: about an hour on two cores
 #   make engines-table how far each engine ends from one process, 2 minutes
 #   make docs      the documentation as a site, in site/index.html
@@ -27,29 +29,36 @@ VLLM_VENV := .venv-vllm
 VLLM_READY := $(VLLM_VENV)/.ready
 BUILD_VENV := .venv-build
 TRL ?= newest-trl
+# Each worker runs complete files, so that what a file's tests share is made once; one thread each, as cores are shared.
+WORKERS ?= 2
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 UNIT := baselines loss metrics config microbatches step_statistics sampler requested_checkpoint evaluation architecture release \
 	recipes code_blocks
 
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: train unit test test-slow test-vllm test-lowest test-trl build test-build benchmark experiments engines-table docs \
-	check format setup set-repository clean
+.PHONY: train unit test test-slow test-vllm test-gpu test-lowest test-trl build test-build benchmark benchmark-gpu \
+	experiments engines-table docs check format setup set-repository clean
 
 train: $(READY)
 	PYTHONWARNINGS=ignore::FutureWarning $(BIN)/accelerate launch --quiet \
 		--config_file examples/accelerate_configs/cpu.yaml examples/train_math.py
 
 unit: $(READY)
-	$(BIN)/python -m pytest $(UNIT:%=tests/test_%.py)
+	$(PYTEST) $(UNIT:%=tests/test_%.py)
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-slow: $(ENGINES_READY)
 	$(BIN)/python -m pytest -m slow
 
 test-vllm: $(VLLM_READY)
 	$(VLLM_VENV)/bin/python -m pytest tests/test_vllm.py tests/test_vllm_server.py
+
+# pip's torch for Linux brings CUDA; TORCH names another build. 5 is pytest's exit status for no tests: there is no GPU.
+test-gpu: $(READY)
+	OPO_TEST_GPU=1 $(BIN)/python -m pytest -m "not slow" tests/test_gpu.py || [ $$? -eq 5 ]
 
 test-lowest: $(READY)
 	.ci/test_versions lowest
@@ -128,6 +137,9 @@ benchmark: $(READY)
 	$(BIN)/python benchmarks/rank_balance.py
 	$(BIN)/python benchmarks/planning.py
 	$(BIN)/python benchmarks/reward_throughput.py --json
+
+benchmark-gpu: $(READY)
+	$(BIN)/python benchmarks/gpu.py
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) $(BUILD_VENV) .venv-lowest .venv-trl-* outputs site build dist

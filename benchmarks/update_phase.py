@@ -3,6 +3,7 @@ Time, memory and gradient of one update: TRL's GRPOTrainer against OPOTrainer on
 
     python benchmarks/update_phase.py                 # all cases
     python benchmarks/update_phase.py --quick --json  # the three headline cases, last line one JSON object
+    python benchmarks/update_phase.py --quick --lm-head none         # without the LM head on either side
 
 Both trainers get the same prompts, completions and rewards, so nothing is generated. GRPO runs with beta 0, no scaling
 by the standard deviation and one iteration: the same algorithm but for the baseline, and its advantages are replaced by
@@ -10,6 +11,9 @@ OPO's, so that gradients can be compared. One measured round is every `training_
 inside generation and scoring taken out. Rounds alternate between the two trainers; speed-ups are medians of the paired
 ratios. Peak memory comes from a fresh process per case: resident memory above the level before the update on a CPU
 (VmHWM, reset by clear_refs), the allocator's peak on CUDA.
+
+`--lm-head` estimates what a GPU would gain. On CUDA, TRL's fused LM head runs on the attended completion tokens alone,
+on a CPU on every position, so that padding costs TRL more on a CPU than on CUDA.
 
 With `sampler` a stub stands in for vLLM and returns log-probabilities; TRL then runs a second forward for the old
 policy.
@@ -33,21 +37,17 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 import torch
 from datasets import Dataset, disable_progress_bars
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer
+from trl.trainer import utils as trl_utils
+from trl.trainer.utils import compute_flops_per_token
 
 from measuring import RESULTS, provenance
 from opo_trl import OPOConfig, OPOTrainer
+from random_models import SIZES, VOCABULARY, random_model, word_tokenizer
 
 PROMPT_LENGTH = 32
 GROUP_SIZE = 8
-VOCABULARY = 256
-MODEL_SIZES = {  # hidden, intermediate, layers, heads
-    "toy": (128, 344, 4, 4),
-    "0.5b": (896, 4864, 24, 14),
-    "1.5b": (1536, 8960, 28, 12),
-}
+LM_HEADS = ("all", "completions", "none")
 
 
 class Case(NamedTuple):
@@ -94,30 +94,28 @@ def draw_lengths(law: str, rows: int, generator: torch.Generator, longest: int) 
     raise ValueError(f"law must be constant, uniform, lognormal or tiny_policy, got {law!r}.")
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.WordLevel({f"t{i}": i for i in range(VOCABULARY)}, unk_token="t2"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="t0", eos_token="t1", padding_side="left")
+def set_lm_head(positions: str) -> None:
+    """
+    Choose the positions that TRL's fused LM head runs on, for both trainers.
+
+    Args:
+        positions (`str`):
+            `"all"`, as TRL does on a CPU; `"completions"`, the attended completion tokens alone, as it does on CUDA;
+            `"none"`, for no LM head: the mean of the hidden state stands in for the log-probability, so that the
+            backward pass still runs through the complete backbone.
+    """
+    if positions == "completions":
+        trl_utils._use_triton = lambda device: True  # this name only chooses positions; the kernels have their own
+    elif positions == "none":
+        trl_utils._ChunkedLogProbFunction = NoLMHead
 
 
-def make_model(size: str, longest: int) -> LlamaForCausalLM:
-    """Random weights: what they are does not matter for time, memory or the equality of gradients."""
-    hidden, intermediate, layers, heads = MODEL_SIZES[size]
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY if size == "toy" else 151_936,
-            hidden_size=hidden,
-            intermediate_size=intermediate,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            max_position_embeddings=longest + PROMPT_LENGTH,
-            initializer_range=0.05,
-            pad_token_id=0,
-            eos_token_id=1,
-            bos_token_id=None,
-        )
-    )
+class NoLMHead:
+    """Stands in for TRL's kernel of the fused LM head."""
+
+    @staticmethod
+    def apply(hidden: torch.Tensor, *args: Any) -> tuple[torch.Tensor | None, ...]:  # (N, H) -> (N,), five of them
+        return hidden.float().mean(dim=-1), hidden.new_zeros(len(hidden), dtype=torch.float32), None, None, None
 
 
 class Script:
@@ -165,9 +163,8 @@ class StubEngine:
         return prompts, drawn["completion_ids"], [[[v] for v in row] for row in drawn["logprobs"]], None
 
 
-def build(kind: str, case: Case, args: argparse.Namespace, directory: str) -> tuple[Any, Script]:
-    """A trainer whose rollouts are scripted, and its script."""
-    script = Script(case, args.longest)
+def make_config(kind: str, case: Case, args: argparse.Namespace, directory: str, **overrides: Any) -> Any:
+    """The same algorithm for both trainers, but for the baseline."""
     common: dict[str, Any] = {
         "output_dir": directory,
         "use_cpu": args.device == "cpu",
@@ -186,11 +183,16 @@ def build(kind: str, case: Case, args: argparse.Namespace, directory: str) -> tu
         "disable_tqdm": True,
         "shuffle_dataset": False,
         "use_vllm": case.sampler,
+        **overrides,
     }
     if kind == "opo":
-        config: Any = OPOConfig(**common)
-    else:
-        config = GRPOConfig(**common, scale_rewards="none", beta=0.0, vllm_importance_sampling_mode="token_truncate")
+        return OPOConfig(**common)
+    return GRPOConfig(**common, scale_rewards="none", beta=0.0, vllm_importance_sampling_mode="token_truncate")
+
+
+def build(kind: str, case: Case, args: argparse.Namespace, directory: str) -> tuple[Any, Script]:
+    """A trainer whose rollouts are scripted, and its script."""
+    script = Script(case, args.longest)
     if case.sampler:
         import trl.trainer.grpo_trainer as module  # the stub has to stand where TRL looks for its engine
 
@@ -201,11 +203,11 @@ def build(kind: str, case: Case, args: argparse.Namespace, directory: str) -> tu
         return script.drawn["score"]
 
     trainer = {"opo": OPOTrainer, "trl": GRPOTrainer}[kind](
-        make_model(args.model_size, args.longest),
+        random_model(args.model_size, args.longest + PROMPT_LENGTH),
         score,
-        config,
+        make_config(kind, case, args, directory),
         Dataset.from_dict({"prompt": ["t3 " * PROMPT_LENGTH] * (case.rows // GROUP_SIZE)}),
-        processing_class=make_tokenizer(),
+        processing_class=word_tokenizer(),
         rollout_func=None if case.sampler else script,
     )
     trainer.model.train()
@@ -218,10 +220,15 @@ class Clock:
     """Takes the time inside generation and scoring out of a measurement, and counts what the forwards run on."""
 
     def __init__(self, trainer: Any) -> None:
-        self.outside, self.rows, self.padded, self.real = 0.0, 0, 0, 0
+        self.config = trainer.model.config
+        self.reset()
         for name in ("_generate", "_calculate_rewards"):
             setattr(trainer, name, self.excluding(getattr(trainer, name)))
         trainer.model.register_forward_pre_hook(self.count, with_kwargs=True)
+
+    def reset(self) -> None:
+        self.outside, self.rows, self.padded = 0.0, 0, 0
+        self.forwards: list[tuple[torch.Tensor, bool]] = []  # attended tokens of the rows (B,); with a backward pass?
 
     def excluding(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
@@ -233,15 +240,32 @@ class Clock:
         return timed
 
     def count(self, module: Any, args: Any, kwargs: Any) -> None:
+        if not kwargs.get("fused_lm_head"):
+            return  # generation
         self.rows += kwargs["input_ids"].size(0)
         self.padded += kwargs["input_ids"].numel()
-        self.real += int(kwargs["attention_mask"].sum())
+        self.forwards.append((kwargs["attention_mask"].sum(dim=1), torch.is_grad_enabled()))  # read after the timing
+
+    def real(self) -> int:
+        """Attended tokens of all forwards."""
+        return sum(int(lengths.sum()) for lengths, _ in self.forwards)
+
+    def flops(self) -> float:
+        """
+        FLOPs that the attended tokens need, as TRL counts them: forward and backward are three times the forward, every
+        token attends to all of its row, the LM head runs on each; neither padding nor recomputed activations count.
+        """
+        return sum(
+            length * compute_flops_per_token(self.config, length) * (1 if backward else 1 / 3)
+            for lengths, backward in self.forwards
+            for length in lengths.tolist()
+        )
 
 
 def run_round(trainer: Any, script: Script, clock: Clock, number: int) -> dict[str, Any]:
-    """All training steps of one rollout batch; returns time, counts and the gradient."""
+    """All training steps of one rollout batch; returns time and counts."""
     script.round = number
-    clock.outside, clock.rows, clock.padded, clock.real = 0.0, 0, 0, 0
+    clock.reset()
     trainer.model.zero_grad()
     trainer._step = 0
     steps = trainer.args.gradient_accumulation_steps
@@ -254,7 +278,9 @@ def run_round(trainer: Any, script: Script, clock: Clock, number: int) -> dict[s
     synchronise(trainer)
     elapsed = time.perf_counter() - start - clock.outside
     trainer._metrics["train"].clear()
-    return {"seconds": elapsed, "rows": clock.rows, "padded": clock.padded, "real": clock.real}
+    counts = {"rows": clock.rows, "padded": clock.padded, "real": clock.real(), "flops": clock.flops()}
+    sampled = script.case.rows * PROMPT_LENGTH + sum(len(ids) for ids in script.drawn["completion_ids"])
+    return {"seconds": elapsed, "sampled": sampled, **counts}
 
 
 def synchronise(trainer: Any) -> None:
@@ -309,8 +335,10 @@ def compare(case: Case, args: argparse.Namespace) -> dict[str, Any]:
             errors.append(float((gradients["opo"] - gradients["trl"]).norm() / gradients["trl"].norm()))
             if number:
                 ratios.append(rounds["trl"][-1]["seconds"] / rounds["opo"][-1]["seconds"])
-        rounding = rounding_errors(trainers, case, args, directory) if args.dtype == "bf16" else {}
-    sums = {kind: {key: sum(r[key] for r in rounds[kind]) for key in ("rows", "padded", "real")} for kind in rounds}
+        rounding = {}
+        if args.dtype == "bf16" and args.model_size == "toy":  # keeps ten gradients
+            rounding = rounding_errors(trainers, case, args, directory)
+    sums = {kind: {key: sum(r[key] for r in rounds[kind]) for key in rounds[kind][0]} for kind in rounds}
     return {
         "case": case.name,
         "speedup": statistics.median(ratios),
@@ -323,6 +351,11 @@ def compare(case: Case, args: argparse.Namespace) -> dict[str, Any]:
         "trl_token_efficiency": sums["trl"]["real"] / sums["trl"]["padded"],
         "rows_forward": sums["opo"]["rows"] / len(ratios),
         "trl_rows_forward": sums["trl"]["rows"] / len(ratios),
+        **{
+            f"{kind}_{name}_per_second": sums[kind][counted] / sums[kind]["seconds"]
+            for kind in sums
+            for name, counted in (("tokens", "sampled"), ("flops", "flops"))
+        },
     }
 
 
@@ -381,7 +414,10 @@ def resident(field: str) -> int:
 
 
 def memory_ratio(case: Case, args: argparse.Namespace) -> dict[str, float]:
-    """Peak memory of OPO's update over TRL's, from fresh processes, the median of three each."""
+    """Peak memory of OPO's update over TRL's, from fresh processes, the median of `memory_repeats` each."""
+    if args.device == "cuda":  # what the comparison has left in the cache
+        gc.collect()
+        torch.cuda.empty_cache()
     peaks = {}
     for kind in ("trl", "opo"):
         command = [sys.executable, __file__, "--memory-of", kind, json.dumps(case), *forwarded(args)]
@@ -396,7 +432,8 @@ def memory_ratio(case: Case, args: argparse.Namespace) -> dict[str, float]:
 
 def forwarded(args: argparse.Namespace) -> list[str]:
     flags = [
-        f"--{name.replace('_', '-')}={getattr(args, name)}" for name in ("device", "dtype", "model_size", "longest")
+        f"--{name.replace('_', '-')}={getattr(args, name)}"
+        for name in ("device", "dtype", "model_size", "longest", "lm_head")
     ]
     return flags + (["--gradient-checkpointing"] if args.gradient_checkpointing else [])
 
@@ -441,8 +478,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
-    parser.add_argument("--model-size", choices=list(MODEL_SIZES), default="toy")
+    parser.add_argument("--model-size", choices=SIZES, default="toy")
     parser.add_argument("--longest", type=int, default=512, help="longest completion, in tokens")
+    parser.add_argument(
+        "--lm-head", choices=LM_HEADS, default="all",
+        help="positions that the LM head runs on, in both trainers: all of them, as TRL does on a CPU; the attended "
+        "completion tokens, as it does on CUDA; or none",
+    )  # fmt: skip
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--rounds", type=int, default=5, help="measured rounds per trainer and case")
     parser.add_argument("--memory-repeats", type=int, default=3)
@@ -454,12 +496,14 @@ def main() -> None:
     disable_progress_bars()
     if args.memory_of:
         kind, case = args.memory_of
+        set_lm_head(args.lm_head)
         print(measure_memory(kind, Case(*json.loads(case)), args))
         return
 
+    set_lm_head(args.lm_head)
     if args.output is None:
-        settings = [args.device, args.dtype, args.model_size] + ["quick"] * args.quick
-        defaults = [parser.get_default(name) for name in ("device", "dtype", "model_size")]
+        settings = [args.device, args.dtype, args.model_size, f"lm-head-{args.lm_head}"] + ["quick"] * args.quick
+        defaults = [*(parser.get_default(name) for name in ("device", "dtype", "model_size")), "lm-head-all"]
         args.output = RESULTS / ("-".join(["update_phase", *(s for s in settings if s not in defaults)]) + ".json")
 
     results = []
@@ -473,6 +517,7 @@ def main() -> None:
             "model": args.model_size,
             "dtype": args.dtype,
             "gradient_checkpointing": args.gradient_checkpointing,
+            "lm_head": args.lm_head,
         },
         "cases": results,
     }

@@ -1,4 +1,4 @@
-"""Everything runs offline, on the CPU, and within one process unless a test says otherwise."""
+"""Everything runs offline, on the CPU, and within one process unless a test or `make test-gpu` says otherwise."""
 
 import os
 
@@ -9,8 +9,12 @@ os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # rollout_func warns at each use
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# With several GPUs, one process would use nn.DataParallel, which OPOTrainer refuses.
+os.environ.setdefault("OPO_TEST_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+first_gpu = os.environ["OPO_TEST_GPUS"].split(",")[0] or "0"
+os.environ["CUDA_VISIBLE_DEVICES"] = first_gpu if os.environ.get("OPO_TEST_GPU") == "1" else ""
 
+import gc
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -28,6 +32,20 @@ sys.path.insert(0, str(ROOT / "tests"))
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from tiny import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
+
+# Files that take long, the longest first: with several workers, none may be left with one of them at the end.
+LONGEST = ("distributed", "hub", "cli", "reward_pool", "docs", "tracking", "evaluate_math", "train_math", "checkpoints")
+
+
+def pytest_collection_finish():
+    """Each training run collects garbage, and most of its time would go into objects that the imports have made."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_collection_modifyitems(items):
+    places = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ Trains each case in turn and leaves in `DIRECTORY/CASE` what the main process en
 ranks, logs, the engine that accelerate ran, and the model as `save_model` saves it.
 """
 
+import contextlib
 import errno
 import gc
 import json
@@ -27,10 +28,14 @@ from trl.trainer import grpo_trainer
 from engines import (
     BAD_NUMBERS,
     CASES,
+    EVALUATE_MATH,
+    EVALUATION,
     EVALUATIONS,
     PROCESSES,
     SELF_TESTS,
+    SETUP,
     STOPPED,
+    TRAIN_MATH,
     evaluating_trainer,
     logged_steps,
     train,
@@ -39,9 +44,11 @@ from engines import (
 )
 from opo_trl import OPOTrainer
 from opo_trl.rewards import math_verify_reward
+from opo_trl.scripts import evaluate_math
 from opo_trl.scripts.policies import EMBEDDED_MODEL, model_path
 from opo_trl.scripts.problems import load_problems
 from policy_engine import PolicyEngine
+from setup_worker import set_up
 from test_resume import REFILLED, lora_model, sampling_trainer
 from tiny import scripted_dataset, scripted_reward, scripted_rollout, scripted_trainer, tiny_config, tiny_model
 from vllm_stand_in import Died, vllm_stand_in
@@ -49,7 +56,9 @@ from vllm_stand_in import Died, vllm_stand_in
 USES_DEEPSPEED = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
 # accelerate passes DeepSpeed over where `use_cpu` is set, and sees one process where no backend is named;
 # DS_ACCELERATOR=cpu puts it on the CPU all the same.
-ENGINE = {"use_cpu": False, "ddp_backend": "gloo"} if USES_DEEPSPEED else {}
+ENGINE: dict[str, Any] = {"use_cpu": False, "ddp_backend": "gloo"} if USES_DEEPSPEED else {}
+if os.environ.get("OPO_TEST_NCCL") == "1":
+    ENGINE = {"use_cpu": False}
 SAVING = {
     "per_device_train_batch_size": 4,
     "gradient_accumulation_steps": 2,
@@ -388,6 +397,13 @@ def run_out_of_space(case: str, folder: Path) -> None:
         torch.save = save
 
 
+def run_setup(folder: Path) -> None:
+    """Set `train_math.py` up on both ranks: leave what each attempt came to, and what each rank printed."""
+    rank = os.environ["RANK"]  # there may be no process group yet
+    with (folder / f"printed.{rank}").open("w") as printed, contextlib.redirect_stdout(printed):
+        set_up(folder, [*TRAIN_MATH, "--output_dir", str(folder / "out")])
+
+
 def run_math_reward(folder: Path) -> None:
     """A reward that works differently on each rank must log alike on all: leave what each rank logged."""
     trainer = scripted_trainer(folder, reward_funcs=math_on_each_rank, log_completions=True, **ENGINE)
@@ -420,6 +436,7 @@ def main() -> None:
     if USES_DEEPSPEED:
         let_zero3_shard_tiny_weights()
     directory = Path(sys.argv[1])
+    gc.freeze()  # what has been imported stays, and the collections below need not look at it
     for case in sys.argv[2:]:
         folder = directory / case
         folder.mkdir(parents=True, exist_ok=True)
@@ -427,6 +444,10 @@ def main() -> None:
             run_scripted(case, folder)
         elif case in EVALUATIONS:
             run_evaluation(case, folder)
+        elif case == SETUP:
+            run_setup(folder)
+        elif case == EVALUATION:
+            evaluate_math.main([*EVALUATE_MATH, "--output_dir", str(folder)])
         elif case == "generating":
             run_generating(folder)
         elif case == "math reward":

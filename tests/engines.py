@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -32,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 WORKER = Path(__file__).with_name("engine_worker.py")
 CONFIGS = ROOT / "examples" / "accelerate_configs"
 PROCESSES = 2
+# Besides these, "nccl": "ddp" on two GPUs.
 ENGINES = {"ddp": "MULTI_CPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
 
 # Five groups of four completions per step on two ranks of ten rows: the middle group is split across the ranks. The
@@ -81,6 +83,15 @@ CASES: dict[str, dict[str, Any]] = {
 
 # Evaluations of so many problems with so many completions each, in global batches of so many rows.
 EVALUATIONS = {"incomplete last batch": (4, 4, 12), "groups on two ranks": (5, 2, 6), "fewer than a batch": (1, 4, 24)}
+
+# Of the scripts: one sets up while the other rank fails, the other continues an evaluation that was interrupted.
+SETUP, EVALUATION = "setup of train_math", "evaluate_math"
+TRAIN_MATH = ["--model_name_or_path", "tiny_policy", "--dataset_name", "arithmetic", "--num_train_problems", "16",
+              "--num_generations", "2", "--per_device_train_batch_size", "4", "--max_completion_length", "4",
+              "--max_steps", "1", "--report_to", "none"]  # fmt: skip
+EVALUATE_MATH = ["--models", "tiny_policy", "--datasets", "arithmetic", "--num_problems", "16", "--num_samples", "4",
+                 "--max_new_tokens", "40", "--temperature", "1.0", "--batch_size", "8", "--backend", "transformers",
+                 "--base_model", "tiny_policy", "--scoring_batch_size", "16"]  # fmt: skip
 
 # What must end both ranks with one message, though one of them alone is the cause.
 STOPPED = {
@@ -211,7 +222,21 @@ def ends_of_two_processes(
     directory.mkdir(parents=True, exist_ok=True)
     arguments = [str(WORKER), str(directory), *cases]
     launchers = [[*launcher, *arguments] for launcher in _launchers(engine, directory, num_machines)]
-    return ends_of_ranks(launchers, {"ACCELERATE_USE_CPU": "true"} if engine == "ddp" else {}, timeout)
+    variables = {
+        "ddp": {"ACCELERATE_USE_CPU": "true"},
+        "nccl": {"OPO_TEST_NCCL": "1", "CUDA_VISIBLE_DEVICES": ",".join(gpus()[:PROCESSES])},
+    }
+    return ends_of_ranks(launchers, variables.get(engine, {}), timeout)
+
+
+def gpus() -> list[str]:
+    """All GPUs that `make test-gpu` may use; the tests' own process sees the first one alone."""
+    if named := os.environ.get("OPO_TEST_GPUS"):
+        return named.split(",")
+    if shutil.which("nvidia-smi") is None:
+        return []
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
+    return [str(i) for i in range(len(listed.splitlines()))]
 
 
 def read_outcome(folder: Path) -> Outcome:
@@ -300,7 +325,7 @@ def accelerate_config(engine: str, num_machines: int = 1) -> dict[str, Any]:
 
 
 def _launchers(engine: str, directory: Path, num_machines: int) -> list[list[str]]:
-    if engine == "ddp":  # `accelerate launch` would start one process on a CPU: it leaves more to mpirun
+    if engine in ("ddp", "nccl"):  # `accelerate launch` would start one process on a CPU: it leaves more to mpirun
         return [["torch.distributed.run", "--standalone", "--nproc_per_node", str(PROCESSES)]]
     path = directory / "accelerate.yaml"
     path.write_text(yaml.safe_dump(accelerate_config(engine, num_machines)))

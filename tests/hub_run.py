@@ -7,6 +7,7 @@ Writes OUTPUT_DIR/results.RANK.json: for each case what it returned or raised, a
 it runs `examples/train_math.py` with the arguments, if there are any, as a script, and ends as that does.
 """
 
+import gc
 import json
 import logging
 import os
@@ -212,6 +213,7 @@ def main():
     if "--" in names:
         names, arguments = names[: names.index("--")], names[names.index("--") + 1 :]
     logging.getLogger("opo_trl").addHandler(WATCHED)
+    gc.freeze()  # every training run collects garbage: what was imported need not be looked at
     results = {}
     for name in names:
         WATCHED.trainer, WATCHED.lines = None, []

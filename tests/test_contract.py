@@ -25,6 +25,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.generation import vllm_generation
 from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
+from trl.trainer import utils as trl_utils
 
 import opo_trl
 from opo_trl import OPOTrainer
@@ -32,7 +33,8 @@ from opo_trl.config import _CONTRACT
 from opo_trl.rewards import boxed_format_reward
 from opo_trl.runs.model_card import NO_BASE_MODEL, NO_REPOSITORY, VERSIONS
 from opo_trl.update.rollout_batch import FORWARD_ARGUMENTS
-from tiny import GROUP_SIZE, scripted_trainer
+from tiny import GROUP_SIZE, scripted_trainer, tiny_model
+from update_phase import set_lm_head
 
 
 def parameters(function):
@@ -174,6 +176,35 @@ def test_get_per_token_logps_and_entropies(tmp_path):
     assert torch.allclose(logps[0], full[torch.arange(3), ids[0, 2:]], atol=1e-5)
     assert torch.allclose(entropies[0], -(full.exp() * full).sum(dim=-1), atol=1e-5)
     assert aux_loss is None
+
+
+def test_the_fused_lm_head_chooses_its_positions(monkeypatch):
+    """On a CPU all of them, on CUDA the labelled ones, as docs/update.md says; the benchmark replaces both names."""
+    kernel, seen = trl_utils._ChunkedLogProbFunction, []
+
+    class Seen:
+        @staticmethod
+        def apply(hidden, *args):
+            seen.append(len(hidden))
+            return kernel.apply(hidden, *args)
+
+    monkeypatch.setattr(trl_utils, "_ChunkedLogProbFunction", Seen)
+    monkeypatch.setattr(trl_utils, "_use_triton", trl_utils._use_triton)  # restored after the test
+    model = tiny_model()
+    trl_utils.add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    ids = torch.arange(3, 15).view(2, 6)
+    labels = torch.where(torch.tensor([[0, 0, 1, 1, 1, 1], [0, 0, 1, 1, 0, 0]]).bool(), ids, -100)
+    every = model(ids, labels=labels, fused_lm_head=True)
+    assert seen == [2 * 5]
+    set_lm_head("completions")
+    labelled = model(ids, labels=labels, fused_lm_head=True)
+    assert seen == [2 * 5, 6]
+    torch.testing.assert_close(labelled.log_probs, every.log_probs)
+    set_lm_head("none")
+    model(ids, labels=labels, fused_lm_head=True).log_probs.sum().backward()
+    assert seen == [2 * 5, 6]
+    assert model.lm_head.weight.grad is None
+    assert model.model.embed_tokens.weight.grad.any()
 
 
 def test_what_the_forward_takes_besides_tokens():

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from unittest import mock
 
 import pytest
 import torch
@@ -9,8 +10,11 @@ import torch
 from engines import (
     BAD_NUMBERS,
     CASES,
+    EVALUATE_MATH,
+    EVALUATION,
     EVALUATIONS,
     SELF_TESTS,
+    SETUP,
     STOPPED,
     check_bad_number,
     evaluating_trainer,
@@ -18,7 +22,9 @@ from engines import (
     single_process,
     two_processes,
 )
-from opo_trl.runs.checkpoints import incomplete_reason, latest_complete
+from opo_trl.runs.checkpoints import incomplete_reason, latest_complete, mark_complete
+from opo_trl.scripts import evaluate_math
+from test_evaluate_math import files
 from tiny import SCRIPT
 
 QUICK = ["full", "full, evaluated first", "full, uncertainty", "full, empty completions"]
@@ -41,7 +47,44 @@ def runs(tmp_path_factory):
     directory = tmp_path_factory.mktemp("ddp")
     cases = [*QUICK, *EVALUATIONS, *SELF_TESTS, *STOPPED, *BAD_NUMBERS, *PREEMPTED]
     cases += ["infinite on one rank", "math reward", "streamed evaluation", FULL_DISK, "server", *SERVERS]
+    cases += [SETUP, EVALUATION]
+    checkpoint = directory / SETUP / "run" / "checkpoint-1"
+    checkpoint.mkdir(parents=True)
+    mark_complete(checkpoint)
+    interrupt_evaluation(directory / EVALUATION)
     return two_processes("ddp", cases, directory), directory
+
+
+class Killed(BaseException):
+    """Nothing handles it."""
+
+
+def interrupt_evaluation(output):
+    """Leave what a kill after three of eight batches leaves, the last line torn."""
+    judge, batches = evaluate_math.judge, []
+
+    def judge_three(batch, completions):
+        if len(batches) == 3:
+            raise Killed
+        batches.append(batch)
+        return judge(batch, completions)
+
+    with mock.patch.object(evaluate_math, "judge", judge_three), pytest.raises(Killed):
+        evaluate_on_one_thread(output)
+    (part,) = output.rglob("*.part-0.jsonl")
+    assert part.read_bytes().count(b"\n") == 3 * 8
+    with part.open("ab") as file:
+        file.write(b'{"problem": "torn')
+
+
+def evaluate_on_one_thread(output):
+    """As the ranks do: another number of threads adds float noise."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return evaluate_math.main([*EVALUATE_MATH, "--output_dir", str(output)])
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("case", QUICK)
@@ -158,3 +201,25 @@ def test_a_full_disk_on_one_rank_is_said_on_both_and_costs_no_checkpoint(runs):
     assert "checkpoint-2 could not be saved: [Errno 28] No space left on device" in messages[1]
     assert all("checkpoint-1 is complete: free space and resume from it" in message for message in messages)
     assert latest_complete(runs[1] / FULL_DISK)[0].name == "checkpoint-1"
+
+
+def test_an_error_of_the_setup_on_one_rank_is_raised_on_both(runs):
+    """The main process decides what to resume, and prints for both."""
+    results = [json.loads((runs[1] / SETUP / f"results.{rank}").read_text()) for rank in (0, 1)]
+    assert results[0] == results[1]
+    message, found, refused = results[0]
+    assert message == "problems.jsonl is not on this machine (on rank 1)"
+    assert found == str(runs[1] / SETUP / "run" / "checkpoint-1")
+    assert "needs a complete checkpoint in" in refused
+    printed = [(runs[1] / SETUP / f"printed.{rank}").read_text() for rank in (0, 1)]
+    assert [text.count("using use_cpu=True") for text in printed] == [1, 0]
+
+
+def test_an_interrupted_evaluation_is_continued_on_two_ranks_to_the_records_of_one(runs, tmp_path):
+    summary = evaluate_on_one_thread(tmp_path)
+    assert files(runs[1] / EVALUATION) == files(tmp_path)
+    assert not list((runs[1] / EVALUATION).rglob("*.part-*"))
+    continued = json.loads((runs[1] / EVALUATION / "summary.json").read_text())
+    assert continued["models"] == summary["models"]
+    assert continued["processes"] == 2
+    assert 0.2 < summary["models"]["tiny_policy"]["arithmetic"]["pass@1"]["mean"] < 0.7

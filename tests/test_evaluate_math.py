@@ -58,8 +58,9 @@ def files(output):
     return {str(path.relative_to(output)): path.read_bytes() for path in sorted(output.rglob("*.jsonl"))}
 
 
+@pytest.mark.slow
 def test_two_processes_one_and_a_killed_run_give_the_same_records(tmp_path):
-    """One process here; another one killed half-way, its last line torn, and continued by two."""
+    """One process here; another one killed half-way and continued by two. Interrupted only: test_distributed.py."""
     summary = run(*ONE_DATASET, "--output_dir", tmp_path / "one")
     output = tmp_path / "two"
     command = [sys.executable, SCRIPT, *ONE_DATASET, "--output_dir", str(output)]

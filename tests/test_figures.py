@@ -62,6 +62,16 @@ def test_the_updates_headlines():
     assert f"Gradients differ by at most {worst:.0e}".replace("e-0", "e-") in text
 
 
+WITHOUT_LM_HEAD = ROOT / "benchmarks" / "results" / "update_phase-lm-head-none-quick.json"
+
+
+@pytest.mark.skipif(not WITHOUT_LM_HEAD.exists(), reason="--lm-head none has not been run on a quiet machine yet")
+def test_the_update_without_the_lm_head():
+    half, none, constant = (f"{case['speedup']:.2f}x" for case in results(WITHOUT_LM_HEAD.stem)["cases"])
+    sentence = f"half of the groups uninformative {half}, with none {none}, constant lengths {constant}"
+    assert f"without the LM head on either side: log-normal lengths with {sentence}" in " ".join(page("update").split())
+
+
 def test_the_planning():
     measured = results("planning")
     assert the_table(page("update"), "rows on a rank") == tables(planning_table(measured) + "\n")[0][1:]

@@ -14,18 +14,35 @@ def run(code):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_the_trainer_loads_no_package_that_trl_does_not_load():
+# Most of the time goes into what TRL's configuration imports: one process imports it, and its fork checks the help.
+TRAINER_AND_HELP = """
+import os, sys
+from trl import GRPOConfig
+if not (child := os.fork()):
+    try:
+        from opo_trl.scripts.cli import main
+        assert main(["train", "--max_steps", "3", "--help"]) == 0
+        assert main(["evaluate", "-h"]) == 0
+        unwanted = {"opo_trl.trainer", "trl.trainer.grpo_trainer", "opo_trl.evaluation"}
+        assert not unwanted & set(sys.modules), unwanted & set(sys.modules)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        os._exit(1)
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0, "the help of the commands"
+from trl import GRPOTrainer
+before = set(sys.modules)
+import opo_trl.trainer
+added = {module.split(".")[0] for module in set(sys.modules) - before} - sys.stdlib_module_names
+assert added == {"opo_trl"}, added
+unwanted = {"sacrebleu", "math_verify", "latex2sympy2_extended", "matplotlib", "pebble", "loky"}
+assert not unwanted & set(sys.modules), unwanted & set(sys.modules)
+"""
+
+
+def test_the_trainer_loads_no_package_that_trl_does_not_load_and_help_of_the_commands_no_trainer():
     """Not even sympy, math-verify or matplotlib; torch itself imports sympy, so what TRL loads is the reference."""
-    run(
-        "import sys\n"
-        "from trl import GRPOConfig, GRPOTrainer\n"
-        "before = set(sys.modules)\n"
-        "import opo_trl.trainer\n"
-        "added = {module.split('.')[0] for module in set(sys.modules) - before} - sys.stdlib_module_names\n"
-        "assert added == {'opo_trl'}, added\n"
-        "unwanted = {'sacrebleu', 'math_verify', 'latex2sympy2_extended', 'matplotlib', 'pebble', 'loky'}\n"
-        "assert not unwanted & set(sys.modules), unwanted & set(sys.modules)\n"
-    )
+    run(TRAINER_AND_HELP)
 
 
 def test_the_evaluation_metrics_load_numpy_alone():

@@ -19,8 +19,9 @@ from opo_trl.rewards import math_verify_reward, worker
 from opo_trl.rewards.worker_pool import CRASHED, KILLED, UNDONE, WorkerPool
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def pool():
+    """One for all: a worker takes a second to start, and each test leaves the pool in order."""
     pool = WorkerPool(workers=2, time_limit=1.0, memory_limit=1024)
     yield pool
     pool.stop()

@@ -8,14 +8,12 @@ from pathlib import Path
 import pytest
 from transformers import TrainerControl, TrainerState
 
+from engines import TRAIN_MATH as TRAIN
 from opo_trl.runs.checkpoints import mark_complete
 from opo_trl.runs.guarded_functions import RewardError
 from opo_trl.scripts import evaluate_math, train_math
 from opo_trl.scripts.setup_phase import ErrorOnARank, SetupPhase
 
-TRAIN = ["--model_name_or_path", "tiny_policy", "--dataset_name", "arithmetic", "--num_train_problems", "16",
-         "--num_generations", "2", "--per_device_train_batch_size", "4", "--max_completion_length", "4",
-         "--max_steps", "1", "--report_to", "none"]  # fmt: skip
 EVALUATE = ["--models", "tiny_policy", "--datasets", "arithmetic", "--num_problems", "4", "--num_samples", "2",
             "--max_new_tokens", "4", "--backend", "transformers"]  # fmt: skip
 
@@ -105,8 +103,9 @@ def test_mistakes_end_both_scripts_with_one_sentence(tmp_path, capsys, script, a
     assert "Traceback" not in printed
 
 
+@pytest.mark.slow
 def test_two_ranks_end_with_one_message(tmp_path):
-    """What fails on one rank is raised on both, the main process decides what to resume, one mistake is one message."""
+    """In processes of their own, that the launcher ends: what comes before one mistake is in test_distributed.py."""
     checkpoint = tmp_path / "run" / "checkpoint-1"
     checkpoint.mkdir(parents=True)
     mark_complete(checkpoint)
@@ -127,6 +126,7 @@ def test_two_ranks_end_with_one_message(tmp_path):
     assert WORKER.name not in run.stderr.split("error: ")[0], "no traceback of ours comes before the message"
 
 
+@pytest.mark.slow
 def test_the_documented_launch_prints_the_message_alone(tmp_path):
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", str(CPU)]
     command = [

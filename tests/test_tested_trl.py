@@ -1,14 +1,14 @@
 """Only the minor release of TRL that was tested is admitted: by pip, and at run time where pip was told otherwise."""
 
-import os
+import importlib
 import re
-import subprocess
 import sys
 import tomllib
 
 import pytest
 from packaging.requirements import Requirement
 
+import opo_trl
 from conftest import ROOT
 from opo_trl.runs import tested_trl
 from opo_trl.runs.tested_trl import ALLOW_UNTESTED, TESTED_TRL, check_trl
@@ -42,36 +42,23 @@ def test_any_other_is_refused_unless_it_is_being_tested(monkeypatch, caplog, ins
         check_trl()
 
 
-SCRIPT = """
-import importlib
-import opo_trl
-import opo_trl.baselines, opo_trl.rewards  # need no TRL
-
-def check(load):
-    try:
-        load()
-    except ImportError as error:
-        print(error)
-
-check(lambda: opo_trl.OPOConfig)
-check(lambda: opo_trl.OPOTrainer)
-check(lambda: importlib.import_module("opo_trl.trainer"))
-"""
-
-
-def test_an_untested_trl_is_refused_where_it_would_be_used(tmp_path):
-    """Metadata of a newer TRL lies in front of the installed one's."""
+def test_an_untested_trl_is_refused_where_it_would_be_used(tmp_path, monkeypatch):
+    """Metadata of a newer TRL lies in front of the installed one's: a new import of the trainer refuses it."""
     metadata = tmp_path / "trl-1.18.0.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.4\nName: trl\nVersion: 1.18.0\n")
-    environment = {name: value for name, value in os.environ.items() if name != ALLOW_UNTESTED}
-    environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
-    printed = subprocess.run(
-        [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=100
-    )
-    assert printed.returncode == 0, printed.stderr
-    refusals = [line for line in printed.stdout.splitlines() if line.startswith("opo-trl")]
-    assert len(refusals) == 3
-    for refusal in refusals:
-        assert "is tested with TRL 1.16, got TRL 1.18.0." in refusal
-        assert "pip install 'trl==1.16.*'" in refusal
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delenv(ALLOW_UNTESTED, raising=False)
+    for module in ("opo_trl.trainer", "opo_trl.runs.reliable_runs"):
+        importlib.import_module(module)
+        monkeypatch.delitem(sys.modules, module)
+    attempts = [
+        lambda: opo_trl.OPOConfig,
+        lambda: opo_trl.OPOTrainer,
+        lambda: importlib.import_module("opo_trl.trainer"),
+        lambda: importlib.import_module("opo_trl.runs.reliable_runs"),
+    ]
+    for attempt in attempts:
+        with pytest.raises(ImportError, match=r"is tested with TRL 1\.16, got TRL 1\.18\.0\.") as refusal:
+            attempt()
+        assert "pip install 'trl==1.16.*'" in str(refusal.value)

@@ -48,7 +48,7 @@ def reinforce_update(model, groups, loss_type="dapo", exponent=1.0, temperature=
     """
 
     def token_logps(prompt, completion):
-        logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+        logits = model(torch.tensor([prompt + completion], device=model.device)).logits[0, len(prompt) - 1 : -1]
         return (logits / temperature).log_softmax(dim=-1)[torch.arange(len(completion)), completion]
 
     rows = [row for group in groups for row in group]
@@ -66,7 +66,7 @@ def reinforce_update(model, groups, loss_type="dapo", exponent=1.0, temperature=
             if reward is None or math.isnan(reward):
                 continue
             logps = token_logps(prompt, completion)
-            objective = (reward - baseline) * (logps * torch.tensor(trained)).sum() / normalizer
+            objective = (reward - baseline) * (logps * torch.tensor(trained, device=model.device)).sum() / normalizer
             objective.backward()
     update = {
         name: p.grad.clone() if p.grad is not None else torch.zeros_like(p)
@@ -77,8 +77,8 @@ def reinforce_update(model, groups, loss_type="dapo", exponent=1.0, temperature=
     return update
 
 
-def scripted_groups(script=SCRIPT, trained=lambda ids: [1] * len(ids), end=True):
-    tokenizer = tiny_tokenizer()
+def scripted_groups(script=SCRIPT, trained=lambda ids: [1] * len(ids), end=True, tokenizer=None):
+    tokenizer = tokenizer or tiny_tokenizer()
     groups = []
     for prompt, completions in script.items():
         ids = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] * end for text, _ in completions]

@@ -69,12 +69,14 @@ def scripted_dataset(num_prompts: int = len(SCRIPT)) -> Dataset:
     return Dataset.from_dict({"prompt": list(SCRIPT)[:num_prompts]})
 
 
-def scripted_rollout(prompts: list[str], trainer: Any) -> dict[str, Any]:
+def scripted_rollout(
+    prompts: list[str], trainer: Any, script: dict[str, list[tuple[str, float | None]]] = SCRIPT
+) -> dict[str, Any]:
     """Play the script: the n-th row of a group gets the n-th completion, on whichever rank it lands."""
     tokenizer = trainer.processing_class
     first = trainer.accelerator.process_index * len(prompts)
     group_size = trainer.num_generations if trainer.model.training else trainer.num_generations_eval
-    rows = [SCRIPT[prompt][(first + i) % group_size] for i, prompt in enumerate(prompts)]
+    rows = [script[prompt][(first + i) % group_size] for i, prompt in enumerate(prompts)]
     completion_ids = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text, _ in rows]
     return {
         "prompt_ids": [tokenizer(prompt)["input_ids"] for prompt in prompts],

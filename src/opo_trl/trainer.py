@@ -4,7 +4,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate.logging import get_logger
 from accelerate.utils import is_compiled_module
 from torch import nn
 from transformers.trainer_utils import has_length
@@ -39,8 +38,6 @@ from .update.regrouping import ObstacleAgreement, regrouping_obstacle
 from .update.rollout_batch import FORWARD_ARGUMENTS, count_tokens, loss_mask
 from .update.step_plan import StepPlan
 from .update.step_statistics import StepStatistics
-
-logger = get_logger(__name__)
 
 
 class OPOTrainer(ReliableRuns, GRPOTrainer):
