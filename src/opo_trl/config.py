@@ -186,6 +186,7 @@ class OPOConfig(GRPOConfig):
                 )
         self._check_one_step_per_rollout_batch()
         self._check_optimizer()
+        self._check_metric_for_best_model()
         self._check_generation_kwargs()
         if not self.temperature > 0:
             raise ValueError(
@@ -231,6 +232,16 @@ class OPOConfig(GRPOConfig):
             raise ValueError(
                 f"OPO {_ONE_STEP}: `optim` must not update the weights during the backward pass, once per micro-batch, "
                 f"got {name!r}. Use 'adamw_torch', or another optimizer that steps once."
+            )
+
+    def _check_metric_for_best_model(self) -> None:
+        """Refuse the loss as a measure of the model: it is 0 by construction, so the best one would be rounding's."""
+        metric = self.metric_for_best_model
+        if metric is not None and metric.endswith("loss"):
+            raise ValueError(
+                f"OPO's loss is 0 by construction: `metric_for_best_model` must be another metric, got {metric!r}, "
+                "transformers' default with `load_best_model_at_end=True` and with a learning rate schedule that "
+                "follows a metric. Use 'reward', or 'pass@1' where there is one."
             )
 
     def _explain_batch_size(self) -> str | None:
