@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from opo_trl.runs.checkpoints import incomplete_reason, latest_complete
 from test_preemption import AskedInTheMiddle
@@ -93,6 +93,33 @@ def test_a_run_that_is_stopped_and_resumed_keeps_its_last_and_its_best_checkpoin
     assert kept.after_each == [[2, 4]]
     for name, value in second.model.state_dict().items():
         assert torch.equal(value, best[name]), name
+
+
+def test_a_schedule_that_would_take_a_rising_reward_for_a_worse_one_is_refused(tmp_path):
+    settings = {"metric_for_best_model": "reward", "eval_strategy": "steps", "eval_steps": 1}
+    with pytest.raises(ValueError, match=r"takes a rising 'reward' for a worse one .* got mode='min'"):
+        tiny_config(tmp_path, lr_scheduler_type="reduce_lr_on_plateau", **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "last_step", "rates"),
+    [
+        ({"callbacks": [EarlyStoppingCallback(1)]}, BEST + 1, [0.1, 0.1, 0.1]),
+        (
+            {
+                "lr_scheduler_type": "reduce_lr_on_plateau",
+                "lr_scheduler_kwargs": {"mode": "max", "patience": 0, "factor": 0.5},
+            },
+            4,
+            [0.1, 0.1, 0.1, 0.05],
+        ),
+    ],
+)
+def test_stopping_and_schedules_follow_the_reward(tmp_path, settings, last_step, rates):
+    trainer = best_trainer(tmp_path, save_strategy="no", load_best_model_at_end=False, **settings)
+    trainer.train()
+    assert trainer.state.global_step == last_step
+    assert [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry] == rates
 
 
 def test_only_the_best_is_saved_by_that_strategy(tmp_path):

@@ -8,6 +8,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 from engines import (
+    AUTO_STAGES,
     BAD_NUMBERS,
     CONFIGS,
     ENGINES,
@@ -37,6 +38,19 @@ def run_of(tmp_path_factory):
             pytest.skip("deepspeed is not installed: `make test-slow` installs it")
         directory = tmp_path_factory.mktemp(engine)
         two_processes(engine, [*EVERY_ENGINE, *BAD_NUMBERS, "generating", *REFUSED.get(engine, [])], directory)
+        return directory
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def auto_run_of(tmp_path_factory):
+    @cache
+    def run(engine):
+        if importlib.util.find_spec("deepspeed") is None:
+            pytest.skip("deepspeed is not installed: `make test-slow` installs it")
+        directory = tmp_path_factory.mktemp("auto")
+        two_processes(engine, ["full, AdamW", "LoRA"], directory)
         return directory
 
     return run
@@ -74,6 +88,17 @@ def test_an_engine_samples_trains_evaluates_and_saves(run_of, engine):
     assert len(outcome.logs) == 2
     assert all(log["grad_norm"] > 0 for log in outcome.logs)
     assert (outcome.saved / "model.safetensors").stat().st_size > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["full, AdamW", "LoRA"])
+@pytest.mark.parametrize("engine", AUTO_STAGES)
+def test_a_deepspeed_configuration_of_auto_values_equals_one_process(auto_run_of, reference_of, engine, case):
+    """As transformers' documentation has it: a file for `OPOConfig(deepspeed=...)`, started by torchrun."""
+    outcome = read_outcome(auto_run_of(engine) / case)
+    assert outcome.engine == "DEEPSPEED"
+    assert (outcome.held_share < 0.6) == (AUTO_STAGES[engine] == 3)
+    assert relative_difference(outcome, reference_of(case), case) < 1e-4
 
 
 @pytest.mark.slow
