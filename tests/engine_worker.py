@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
-from accelerate.utils import DeepSpeedPlugin
+from accelerate.utils import DeepSpeedPlugin, gather_object
+from datasets import Dataset
 from torch import distributed, nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
@@ -32,6 +33,7 @@ from engines import (
     EVALUATION,
     EVALUATIONS,
     PROCESSES,
+    RESUMED_FROM,
     SELF_TESTS,
     SETUP,
     STOPPED,
@@ -49,7 +51,8 @@ from opo_trl.scripts.policies import EMBEDDED_MODEL, model_path
 from opo_trl.scripts.problems import load_problems
 from policy_engine import PolicyEngine
 from setup_worker import set_up
-from test_resume import REFILLED, lora_model, sampling_trainer
+from test_environments import Adder, tool_tokenizer
+from test_resume import REFILLED, lora_model, prompts_of_each_step, sampling_trainer
 from tiny import scripted_dataset, scripted_reward, scripted_rollout, scripted_trainer, tiny_config, tiny_model
 from vllm_stand_in import Died, vllm_stand_in
 
@@ -59,6 +62,8 @@ USES_DEEPSPEED = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
 ENGINE: dict[str, Any] = {"use_cpu": False, "ddp_backend": "gloo"} if USES_DEEPSPEED else {}
 if os.environ.get("OPO_TEST_NCCL") == "1":
     ENGINE = {"use_cpu": False}
+if "TEST_DEEPSPEED_CONFIG" in os.environ:
+    ENGINE["deepspeed"] = os.environ["TEST_DEEPSPEED_CONFIG"]
 SAVING = {
     "per_device_train_batch_size": 4,
     "gradient_accumulation_steps": 2,
@@ -177,6 +182,11 @@ def rollout_that_fails_on_one_rank(prompts, trainer):
     return scripted_rollout(prompts, trainer)
 
 
+class FailsOnOneRank(Adder):
+    def reset(self, **kwargs):
+        fail_on_one_rank()
+
+
 class StopOnOneRank(TrainerCallback):
     """The second rank stops its epoch in the middle of the second step, or training at the end of the first."""
 
@@ -200,9 +210,16 @@ class HalfABatchOnOneRank(OPOTrainer):
 def run_stopped(case: str, folder: Path) -> None:
     """One rank alone fails, or leaves the common path: leave each rank's message."""
     rewards = {"reward fails": fails_on_one_rank, "async reward fails": fails_later_on_one_rank}
+    rollouts = {"rollout fails": rollout_that_fails_on_one_rank, "environment fails": None}
+    environment: dict[str, Any] = {
+        "environment_factory": FailsOnOneRank,
+        "processing_class": tool_tokenizer(),
+        "train_dataset": Dataset.from_list([{"prompt": [{"role": "user", "content": "go"}]}] * 6),
+    }
     trainer = scripted_trainer(
         folder,
-        rollout=rollout_that_fails_on_one_rank if case == "rollout fails" else scripted_rollout,
+        rollout=rollouts.get(case, scripted_rollout),
+        **(environment if case == "environment fails" else {}),
         reward_funcs=[scripted_reward, rewards.get(case, scripted_reward)],
         callbacks=[StopOnOneRank(case)],
         per_device_train_batch_size=4,
@@ -245,6 +262,19 @@ def run_streamed_evaluation(folder: Path) -> None:
     metrics = trainer.evaluate()
     if trainer.accelerator.is_main_process:
         (folder / "metrics.json").write_text(json.dumps(metrics))
+
+
+def run_resumed(case: str, folder: Path) -> None:
+    """Save with two processes what one resumes, or resume what one has saved: leave the prompts of each step."""
+    settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, **ENGINE}
+    trainer = sampling_trainer(folder, tiny_model(), **settings)
+    own = prompts_of_each_step(trainer)
+    checkpoint = folder.parent / "saved by one" / f"checkpoint-{RESUMED_FROM}"
+    trainer.train(resume_from_checkpoint=str(checkpoint) if case == "resumed by two" else None)
+    ranks = gather_object([own])
+    if trainer.accelerator.is_main_process:
+        steps = [[prompt for rank in step for prompt in rank] for step in zip(*ranks, strict=True)]
+        (folder / "prompts.json").write_text(json.dumps(steps))
 
 
 def run_refused(case: str, folder: Path) -> None:
@@ -458,6 +488,8 @@ def main() -> None:
             run_stopped(case, folder)
         elif case in SELF_TESTS:
             run_self_test(case, folder)
+        elif case in ("saved by two", "resumed by two"):
+            run_resumed(case, folder)
         elif case == "streamed evaluation":
             run_streamed_evaluation(folder)
         elif case in BAD_NUMBERS:

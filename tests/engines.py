@@ -36,6 +36,24 @@ PROCESSES = 2
 # Besides these, "nccl": "ddp" on two GPUs.
 ENGINES = {"ddp": "MULTI_CPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
 
+# What a user of transformers hands to `OPOConfig(deepspeed=...)`: every number is the trainer's.
+AUTO: dict[str, Any] = {
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "bf16": {"enabled": "auto"},
+    "fp16": {"enabled": "auto"},
+    "zero_optimization": {
+        "stage": 2,
+        "reduce_bucket_size": "auto",
+        "stage3_prefetch_bucket_size": "auto",
+        "stage3_param_persistence_threshold": "auto",
+        "stage3_gather_16bit_weights_on_model_save": True,
+    },
+}
+AUTO_STAGES = {"zero2, auto": 2, "zero3, auto": 3}
+
 # Five groups of four completions per step on two ranks of ten rows: the middle group is split across the ranks. The
 # non-zero advantages are uneven, most of them on one rank in the first two steps: "fifteen" has none, "seven!" few.
 UNEVEN = ["one", "six", "three", "fifteen", "seven!"]
@@ -98,6 +116,7 @@ STOPPED = {
     "reward fails": "The reward function 'fails_on_one_rank' failed on rank 1: OverflowError: rank 1 only",
     "async reward fails": "The reward function 'fails_later_on_one_rank' failed on rank 1: OverflowError: rank 1 only",
     "rollout fails": "The rollout function failed on rank 1: OverflowError: rank 1 only",
+    "environment fails": "`reset` of the environment 'FailsOnOneRank' failed on rank 1: OverflowError: rank 1 only",
     "epoch stopped": "must step after the last of a rollout batch's 2 micro-batches, on all ranks alike: rank 0 trains "
     "micro-batch 2 and steps; rank 1 begins an epoch after micro-batch 1",
     "training stopped": "alike: rank 0 begins an epoch after micro-batch 0; rank 1 stops after micro-batch 0",
@@ -110,6 +129,8 @@ SELF_TESTS = {
     "right engine": "trained",
     "wrong engine on one rank": "of its log-probabilities are NaN (accepted: 1%)",
 }
+# Runs saved by one number of processes and resumed by another: the checkpoint, in the second epoch of three steps each.
+RESUMED_FROM = 4
 
 # What one rank's loss becomes, its gradient staying finite; and the other way round.
 BAD_NUMBERS = {"infinite loss": float("inf"), "NaN loss": float("nan"), "NaN gradient": None}
@@ -222,11 +243,7 @@ def ends_of_two_processes(
     directory.mkdir(parents=True, exist_ok=True)
     arguments = [str(WORKER), str(directory), *cases]
     launchers = [[*launcher, *arguments] for launcher in _launchers(engine, directory, num_machines)]
-    variables = {
-        "ddp": {"ACCELERATE_USE_CPU": "true"},
-        "nccl": {"OPO_TEST_NCCL": "1", "CUDA_VISIBLE_DEVICES": ",".join(gpus()[:PROCESSES])},
-    }
-    return ends_of_ranks(launchers, variables.get(engine, {}), timeout)
+    return ends_of_ranks(launchers, _variables(engine, directory), timeout)
 
 
 def gpus() -> list[str]:
@@ -237,6 +254,17 @@ def gpus() -> list[str]:
         return []
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
     return [str(i) for i in range(len(listed.splitlines()))]
+
+
+def _variables(engine: str, directory: Path) -> dict[str, str]:
+    if engine in AUTO_STAGES:
+        zero = {**AUTO["zero_optimization"], "stage": AUTO_STAGES[engine]}
+        path = directory / "deepspeed.json"
+        path.write_text(json.dumps({**AUTO, "zero_optimization": zero}))
+        return {"ACCELERATE_USE_DEEPSPEED": "true", "TEST_DEEPSPEED_CONFIG": str(path)}
+    if engine == "nccl":
+        return {"OPO_TEST_NCCL": "1", "CUDA_VISIBLE_DEVICES": ",".join(gpus()[:PROCESSES])}
+    return {"ACCELERATE_USE_CPU": "true"} if engine == "ddp" else {}
 
 
 def read_outcome(folder: Path) -> Outcome:
@@ -325,7 +353,8 @@ def accelerate_config(engine: str, num_machines: int = 1) -> dict[str, Any]:
 
 
 def _launchers(engine: str, directory: Path, num_machines: int) -> list[list[str]]:
-    if engine in ("ddp", "nccl"):  # `accelerate launch` would start one process on a CPU: it leaves more to mpirun
+    # `accelerate launch` would start one process on a CPU: it leaves more to mpirun.
+    if engine in ("ddp", "nccl") or engine in AUTO_STAGES:
         return [["torch.distributed.run", "--standalone", "--nproc_per_node", str(PROCESSES)]]
     path = directory / "accelerate.yaml"
     path.write_text(yaml.safe_dump(accelerate_config(engine, num_machines)))

@@ -69,6 +69,8 @@ REFUSED = [
     ("cache_implementation", "quantized", "static"),
     ("vllm_structured_outputs_regex", r"\d+", None),
     ("temperature", 0.0, 0.6),
+    ("bf16_full_eval", True, False),
+    ("fp16_full_eval", True, False),
     ("length_exponent", -1.0, 2.0),
     ("length_exponent", float("nan"), 0.0),
 ]

@@ -379,3 +379,28 @@ def test_what_trl_writes_into_a_card_without_a_base_model_and_a_repository(tmp_p
     GRPOTrainer.create_model_card(trainer, model_name="name")
     card = (tmp_path / "README.md").read_text()
     assert all(text in card for text in (NO_BASE_MODEL, NO_REPOSITORY, VERSIONS))
+
+
+def test_where_a_resumed_run_starts():
+    """Seams on transformers' Trainer: the epoch, and the micro-batches to skip in it."""
+    names = ["self", "max_steps", "num_update_steps_per_epoch", "num_train_epochs", "resume_from_checkpoint", "trial"]
+    assert parameters(GRPOTrainer._init_training_state) == names
+    source = inspect.getsource(Trainer._run_epoch)
+    assert "self.state.epoch = epoch + (step + 1) / steps_in_epoch" in source, "`streamed_position` reads this back"
+    assert "max_steps * args.gradient_accumulation_steps" in inspect.getsource(Trainer.set_initial_training_values)
+
+
+def test_environments_are_reset_right_before_generation(tmp_path):
+    """`reset` is called on the instance, and methods are read from the class: replacing the first is not a new tool."""
+    source = inspect.getsource(GRPOTrainer._generate_and_score_completions)
+    assert source.index("environment.reset(") < source.index("self._generate(prompts)")
+    assert "getmembers(type(instance)" in inspect.getsource(GRPOTrainer.__init__)
+    trainer = scripted_trainer(tmp_path)
+    assert trainer.environment_factories is None
+    assert "self._environment_pool[name] = [instance]" in inspect.getsource(GRPOTrainer.__init__)
+    assert parameters(GRPOTrainer._generate) == ["self", "prompts"]
+
+
+def test_a_hyperparameter_search_needs_a_model_init():
+    assert "model_init" not in parameters(GRPOTrainer.__init__)
+    assert "if self.model_init is None" in inspect.getsource(Trainer.hyperparameter_search)

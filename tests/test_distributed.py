@@ -13,6 +13,7 @@ from engines import (
     EVALUATE_MATH,
     EVALUATION,
     EVALUATIONS,
+    RESUMED_FROM,
     SELF_TESTS,
     SETUP,
     STOPPED,
@@ -25,7 +26,8 @@ from engines import (
 from opo_trl.runs.checkpoints import incomplete_reason, latest_complete, mark_complete
 from opo_trl.scripts import evaluate_math
 from test_evaluate_math import files
-from tiny import SCRIPT
+from test_resume import prompts_of_each_step, sampling_trainer
+from tiny import SCRIPT, tiny_model
 
 QUICK = ["full", "full, evaluated first", "full, uncertainty", "full, empty completions"]
 QUICK += ["every column", "token uncertainty", "LoRA", "one micro-batch", "dr_grpo", "idle rank"]
@@ -47,7 +49,8 @@ def runs(tmp_path_factory):
     directory = tmp_path_factory.mktemp("ddp")
     cases = [*QUICK, *EVALUATIONS, *SELF_TESTS, *STOPPED, *BAD_NUMBERS, *PREEMPTED]
     cases += ["infinite on one rank", "math reward", "streamed evaluation", FULL_DISK, "server", *SERVERS]
-    cases += [SETUP, EVALUATION]
+    cases += [SETUP, EVALUATION, "saved by two", "resumed by two"]
+    sampling_trainer(directory / "saved by one", tiny_model()).train()
     checkpoint = directory / SETUP / "run" / "checkpoint-1"
     checkpoint.mkdir(parents=True)
     mark_complete(checkpoint)
@@ -188,6 +191,18 @@ def test_a_rank_that_is_asked_to_stop_stops_all_and_they_go_on_to_the_same_bits(
     asked = runs[1] / case / "asked"
     assert incomplete_reason(asked / "checkpoint-5") is None
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= {path.name for path in (asked / "checkpoint-5").iterdir()}
+
+
+def test_a_run_that_is_resumed_by_another_number_of_processes_takes_the_same_prompts(runs, tmp_path, caplog):
+    """From two to one and from one to two, in the middle of the second epoch; every step, not just every epoch."""
+    two = json.loads((runs[1] / "saved by two" / "prompts.json").read_text())
+    resumed_by_two = json.loads((runs[1] / "resumed by two" / "prompts.json").read_text())
+    trainer = sampling_trainer(tmp_path, tiny_model())
+    resumed_by_one = prompts_of_each_step(trainer)
+    trainer.train(resume_from_checkpoint=str(runs[1] / "saved by two" / f"checkpoint-{RESUMED_FROM}"))
+    assert len(two) == 8
+    assert [list(step) for step in resumed_by_one] == resumed_by_two == two[RESUMED_FROM:]
+    assert "saved by 2 process(es) and is resumed by 1: each step takes the prompts" in caplog.text
 
 
 @pytest.mark.parametrize("case", BAD_NUMBERS)

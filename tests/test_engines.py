@@ -8,6 +8,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 from engines import (
+    AUTO_STAGES,
     BAD_NUMBERS,
     CONFIGS,
     ENGINES,
@@ -39,6 +40,19 @@ def run_of(tmp_path_factory):
         directory = tmp_path_factory.mktemp(engine)
         cases = [*EVERY_ENGINE, *BAD_NUMBERS, *SELF_TESTS, "generating", *REFUSED.get(engine, [])]
         two_processes(engine, cases, directory)
+        return directory
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def auto_run_of(tmp_path_factory):
+    @cache
+    def run(engine):
+        if importlib.util.find_spec("deepspeed") is None:
+            pytest.skip("deepspeed is not installed: `make test-slow` installs it")
+        directory = tmp_path_factory.mktemp("auto")
+        two_processes(engine, ["full, AdamW", "LoRA"], directory)
         return directory
 
     return run
@@ -85,6 +99,17 @@ def test_the_self_test_of_vllm_scores_with_sharded_weights(run_of, engine, case)
     messages = [(run_of(engine) / case / f"message.{rank}").read_text() for rank in (0, 1)]
     assert messages[0] == messages[1]
     assert SELF_TESTS[case] in messages[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["full, AdamW", "LoRA"])
+@pytest.mark.parametrize("engine", AUTO_STAGES)
+def test_a_deepspeed_configuration_of_auto_values_equals_one_process(auto_run_of, reference_of, engine, case):
+    """As transformers' documentation has it: a file for `OPOConfig(deepspeed=...)`, started by torchrun."""
+    outcome = read_outcome(auto_run_of(engine) / case)
+    assert outcome.engine == "DEEPSPEED"
+    assert (outcome.held_share < 0.6) == (AUTO_STAGES[engine] == 3)
+    assert relative_difference(outcome, reference_of(case), case) < 1e-4
 
 
 @pytest.mark.slow

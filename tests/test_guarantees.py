@@ -1,7 +1,9 @@
-"""Every guarantee on the page on resuming names the tests that check it, and these tests exist."""
+"""The pages on resuming and on TRL's features name the tests of what they say, and these tests exist."""
 
 import ast
 import re
+
+import pytest
 
 from pages import ROOT, page, the_table
 
@@ -12,8 +14,9 @@ def functions_of(file):
     return {node.name for node in ast.parse((TESTS / file).read_text()).body if isinstance(node, ast.FunctionDef)}
 
 
-def test_the_named_tests_exist():
-    named = re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", page("restarts"))
+@pytest.mark.parametrize("name", ["restarts", "trl_features"])
+def test_the_named_tests_exist(name):
+    named = re.findall(r"`(test_\w+\.py)(?:::(\w+))?`", page(name))
     assert len(named) > 10
     for file, function in named:
         assert (TESTS / file).is_file(), file
@@ -26,3 +29,9 @@ def test_every_guarantee_has_a_test():
     assert len(guarantees) > 10
     assert list(tests) == guarantees
     assert all("`test_" in named for named in tests.values())
+
+
+def test_every_feature_is_supported_or_not_and_has_a_test():
+    for feature, supported, _, named in the_table(page("trl_features"), "feature"):
+        assert supported in ("yes", "partly", "no"), feature
+        assert "`test_" in named or named == "not run", feature

@@ -35,7 +35,6 @@ def sampling_trainer(output_dir, model, num_steps=STEPS, **settings):
         output_dir,
         model,
         rollout=None,
-        train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
         shuffle_dataset=True,
         max_completion_length=12,
         max_steps=num_steps,
@@ -45,6 +44,7 @@ def sampling_trainer(output_dir, model, num_steps=STEPS, **settings):
         max_grad_norm=0.5,
         **{
             "reward_funcs": letters_reward,
+            "train_dataset": Dataset.from_dict({"prompt": PROMPTS}),
             "per_device_train_batch_size": 2,
             "gradient_accumulation_steps": 4,
             "save_strategy": "steps",

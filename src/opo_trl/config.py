@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 from trl import GRPOConfig
 
@@ -22,6 +23,7 @@ _ONE_STEP = "takes exactly one optimizer step on each rollout batch"
 _NO_RATIO = "trains on fresh samples only, so the importance ratio is 1 and there is nothing to clip or mask"
 _NO_KL = "has no KL term and no reference model"
 _NO_BONUS = "has no entropy bonus"
+_NO_CAST = "keeps the weights that it trains, which an evaluation outside of training would cast to 16 bits"
 _OWN_SAMPLER = "samples from exactly the distribution that it trains"
 
 # Everything in GRPOConfig that can contradict the algorithm, with the values that do not.
@@ -56,6 +58,8 @@ _CONTRACT = (
     ),
     _Rule("disable_dropout", (True,), "takes the gradient of the network that sampled, without dropout"),
     _Rule("neftune_noise_alpha", (None, 0.0), "takes the gradient of the network that sampled, without noise"),
+    _Rule("bf16_full_eval", (False,), _NO_CAST),
+    _Rule("fp16_full_eval", (False,), _NO_CAST),
     _Rule("vllm_structured_outputs_regex", (None,), _OWN_SAMPLER),
     *(
         _Rule(name, NEUTRAL_VALUES[name], _OWN_SAMPLER)
@@ -240,6 +244,7 @@ class OPOConfig(GRPOConfig):
                 )
         self._check_one_step_per_rollout_batch()
         self._check_optimizer()
+        self._check_metric_for_best_model()
         self._check_generation_kwargs()
         if self.use_vllm:
             check_vllm_dtype(self.vllm_dtype, self.vllm_mode)
@@ -316,6 +321,24 @@ class OPOConfig(GRPOConfig):
             raise ValueError(
                 "`torch_compile=True` needs micro-batches of a fixed shape, and refilling changes the number of rows: "
                 f"`max_refill_rounds` must be 0 with it, got {rounds}. Leave one of the two out."
+            )
+
+    def _check_metric_for_best_model(self) -> None:
+        """Refuse a best model, and a schedule, that would follow the loss (0 by construction) or the falling reward."""
+        metric = self.metric_for_best_model
+        if metric is not None and metric.endswith("loss"):
+            raise ValueError(
+                f"OPO's loss is 0 by construction: `metric_for_best_model` must be another metric, got {metric!r}, "
+                "transformers' default with `load_best_model_at_end=True` and with a learning rate schedule that "
+                "follows a metric. Use 'reward', or 'pass@1' where there is one."
+            )
+        schedule = SchedulerType(self.lr_scheduler_type).value
+        mode = (self.lr_scheduler_kwargs or {}).get("mode", "min")
+        if schedule in ("reduce_lr_on_plateau", "greedy") and self.greater_is_better and mode != "max":
+            raise ValueError(
+                f"`lr_scheduler_type={schedule!r}` takes a rising {metric!r} for a worse one unless "
+                f"`lr_scheduler_kwargs` has `mode='max'`, got mode={mode!r}: transformers does not pass on "
+                "`greater_is_better`. Set `lr_scheduler_kwargs={'mode': 'max'}`."
             )
 
     def _explain_batch_size(self) -> str | None:

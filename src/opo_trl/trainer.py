@@ -259,6 +259,19 @@ class OPOTrainer(ReliableRuns, GRPOTrainer):
             self._chosen.dataset = dataset  # with the columns that the data loader keeps
         return super()._get_train_sampler(dataset)
 
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
+        """
+        Not supported: transformers makes a new model for every trial with a `model_init`, which neither trainer takes.
+
+        Raises:
+            NotImplementedError: Always, with what to do instead.
+        """
+        raise NotImplementedError(
+            "`hyperparameter_search` needs a function that makes the model anew for every trial, and OPOTrainer, like "
+            "GRPOTrainer, takes no `model_init`. Build a new OPOTrainer for every trial in the objective of a search "
+            "and return a metric of `trainer.evaluate()`, such as 'eval_reward'."
+        )
+
     def _check_sampler(self) -> None:
         if self.rollout_func is None and not self.use_vllm:  # OPOConfig has judged every setting that vLLM is given
             check_generation_config(

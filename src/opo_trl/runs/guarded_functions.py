@@ -1,11 +1,11 @@
-"""Reward and rollout functions whose failure on one rank is raised on all ranks. Nothing here is OPO's."""
+"""Functions of the user whose failure on one rank is raised on all ranks. Nothing here is OPO's."""
 
 import asyncio
 import functools
 import inspect
 import traceback
 from collections.abc import Callable, Sequence
-from concurrent import futures
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -16,12 +16,12 @@ from torch import nn
 from .ranks import any_rank
 from .reward_values import check_reward_values
 
-# An interrupt or a cancelled task is no failure of the function.
-_NOT_FAILURES = (KeyboardInterrupt, SystemExit, GeneratorExit, asyncio.CancelledError, futures.CancelledError)
+# An interrupt is no failure of the function.
+_NOT_FAILURES = (KeyboardInterrupt, SystemExit, GeneratorExit)
 
 
 class RewardError(RuntimeError):
-    """A reward or rollout function raised on some rank. All ranks raise it, with the same message."""
+    """A reward or rollout function or an environment raised on some rank. All ranks raise it, with the same message."""
 
 
 class FunctionGuard:
@@ -90,6 +90,38 @@ class FunctionGuard:
 
         return guarded
 
+    def environment(self, factory: Callable[[], Any]) -> Callable[[], Any]:
+        """
+        Wrap an `environment_factory`, and `reset` of what it makes: all ranks agree after resetting theirs.
+
+        TRL reads an environment's methods from its class, and calls `reset` on the instance.
+        """
+
+        def guarded() -> Any:
+            try:
+                return self.reset_of(factory())
+            except BaseException as error:
+                self._keep("The environment factory", error)
+                return _NoEnvironment()
+
+        return guarded
+
+    def reset_of(self, environment: Any) -> Any:
+        """Wrap `reset` of an environment, in place, and return the environment."""
+        reset, name = environment.reset, type(environment).__name__
+
+        @functools.wraps(reset)
+        def guarded(**kwargs: Any) -> Any:
+            try:
+                return reset(**kwargs)
+            except BaseException as error:
+                self._keep(f"`reset` of the environment {name!r}", error)
+                return None
+
+        with suppress(AttributeError):  # an environment with `__slots__` is left as it is
+            environment.reset = guarded
+        return environment
+
     def raise_on_all_ranks(self, accelerator: Accelerator) -> None:
         """
         Raise what any rank has kept since the last call. To be called by all ranks at the same point.
@@ -114,9 +146,16 @@ class FunctionGuard:
         raise RewardError("\n\n".join(messages)) from (failures[0][1] if failures else None)
 
     def _keep(self, what: str, error: BaseException) -> None:
-        if isinstance(error, _NOT_FAILURES):
+        if isinstance(error, _NOT_FAILURES) or _is_cancelled_from_outside(error):
             raise error
         self._failures.append((what, error))
+
+
+class _NoEnvironment:
+    """Stands in until the ranks agree that an environment could not be made."""
+
+    def reset(self, **kwargs: Any) -> None:
+        return None
 
 
 def check_finite_rewards(rewards_per_func: torch.Tensor, names: Sequence[str]) -> None:  # (N, F)
@@ -134,6 +173,17 @@ def check_finite_rewards(rewards_per_func: torch.Tensor, names: Sequence[str]) -
             f"{row} of the rollout batch ({len(infinite)} infinite rewards in all). Return None for a completion that "
             "cannot be scored."
         )
+
+
+def _is_cancelled_from_outside(error: BaseException) -> bool:
+    """Whether the task itself is being cancelled, as when a loop ends: a function may cancel what it waits for, too."""
+    if not isinstance(error, asyncio.CancelledError):
+        return False
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:  # no loop runs in this thread
+        return False
+    return task is not None and task.cancelling() > 0
 
 
 def _is_async(function: Any) -> bool:

@@ -1,5 +1,6 @@
 """What any run of TRL's GRPOTrainer needs and OPO does not define: resuming, checkpoints, failures, the Hub."""
 
+import itertools
 import logging
 import time
 from collections.abc import Mapping, Sized
@@ -9,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import broadcast_object_list
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
+from transformers import TrainerState
 from transformers.integrations.integration_utils import WandbCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints
 
-from .checkpoints import checkpoint_to_resume, mark_complete, unmark
+from .checkpoints import mark_complete, unmark
 from .empty_completions import EmptyCompletions
 from .epoch_end import EpochEnd
 from .epoch_order import EpochOrder
@@ -26,7 +29,9 @@ from .hub import BackgroundPushes, PushError, UnpickledToken, claim_repository
 from .model_card import complete_model_card, is_hub_name
 from .preemption import EXIT_CODE, Preemption
 from .ranks import any_rank
-from .saving import CheckpointNotSaved, agree_on_saved, not_saved, on_main_process, overridden
+from .same_rollouts import keep_rollout_batches, resumable_checkpoint
+from .saving import CheckpointNotSaved, agree_on_saved, check_saving, not_saved, on_main_process, overridden
+from .streamed_position import streamed_position
 from .tested_trl import check_trl
 from .tracking import ResumedWandb
 
@@ -44,14 +49,16 @@ class ReliableRuns(GRPOTrainer):
     """
     Mixin for [`~trl.GRPOTrainer`] and its subclasses: runs resume exactly, and fail on all ranks alike.
 
-    1. Each epoch has an order of its own that a resumed run finds again ([`~opo_trl.runs.epoch_order.EpochOrder`]).
+    1. Each epoch has an order of its own that a resumed run finds again ([`~opo_trl.runs.epoch_order.EpochOrder`]), and
+       so has each pass over a streamed dataset. A checkpoint that a run cannot continue is refused
+       ([`~opo_trl.runs.same_rollouts.resumable_checkpoint`]).
     2. A checkpoint counts when it is complete ([`~opo_trl.runs.checkpoints.mark_complete`]), and none is deleted before
        the next one is.
     3. After a SIGTERM the run saves at the next step boundary, on all ranks, and exits with code 75, without evaluating
        or pushing ([`~opo_trl.runs.preemption.Preemption`]). An interrupted step leaves nothing to the next `train()`.
-    4. A loss or a gradient that is not finite, a reward that is infinite, and a reward or rollout function that raises
-       on one rank stop the run on all ranks, with the same message, before anything of the step is saved. A completion
-       of zero tokens does not.
+    4. A loss or a gradient that is not finite, a reward that is infinite, and a reward function, a rollout function or
+       an environment that raises on one rank stop the run on all ranks, with the same message, before anything of the
+       step is saved. A completion of zero tokens does not.
     5. An evaluation before training does not keep gradients from being averaged.
     6. A Hub that refuses the push is an error before the model is loaded. Complete checkpoints are pushed, the last one
        always, and none is deleted while it is uploaded. A rejected push is warned about and does not stop training;
@@ -80,12 +87,15 @@ class ReliableRuns(GRPOTrainer):
     push_in_progress: Any
     reward_funcs: list[Any]
     rollout_func: Any
+    environment_factories: dict[str | None, Any] | None
     _step: int
     _tr_loss: torch.Tensor
 
     # ---- Construction
 
     def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, *rest: Any, **kwargs: Any) -> None:
+        if args is not None:
+            check_saving(args)
         self._hub_repository = None if args is None else claim_repository(args)
         self._pushes = BackgroundPushes()
         self._unpushed: str | None = None  # the latest checkpoint, if it was saved while another one was uploading
@@ -109,6 +119,12 @@ class ReliableRuns(GRPOTrainer):
         ]
         if self.rollout_func is not None:
             self.rollout_func = self._empty.fill_rollouts(self._guard.rollout(self.rollout_func))
+        if self.environment_factories is not None:
+            self.environment_factories = {
+                name: self._guard.environment(factory) for name, factory in self.environment_factories.items()
+            }
+            for environment in itertools.chain(*self._environment_pool.values()):  # those that TRL has looked at
+                self._guard.reset_of(environment)
 
     def _describe(self) -> Mapping[str, Any]:
         """Return what a tracked run's config has besides the training arguments. To be overridden."""
@@ -134,7 +150,8 @@ class ReliableRuns(GRPOTrainer):
 
         Raises:
             ValueError: If there is no complete checkpoint, or the one named does not exist or lacks a file that its
-                marker lists; or, during training, if a loss or a gradient is not finite.
+                marker lists, or was saved without the optimizer's state or with rollout batches of another size; or,
+                during training, if a loss or a gradient is not finite.
             RuntimeError: During training, on all ranks, if a checkpoint cannot be saved; names the last complete one.
             SystemExit: With code 75, after a SIGTERM and the checkpoint that follows it.
         """
@@ -149,10 +166,12 @@ class ReliableRuns(GRPOTrainer):
         with self._preemption.listening():
             output = super().train(checkpoint, *args, **kwargs)
         if self._preemption.ends:
-            self.accelerator.print(
-                f"Stopped by SIGTERM: step {self.state.global_step} is saved. Resume with "
-                "resume_from_checkpoint='auto'."
+            resume = (
+                "`save_only_model=True` saved the weights alone, from which a run cannot be resumed."
+                if self.args.save_only_model
+                else "Resume with resume_from_checkpoint='auto'."
             )
+            self.accelerator.print(f"Stopped by SIGTERM: step {self.state.global_step} is saved. {resume}")
             raise SystemExit(EXIT_CODE)
         return output
 
@@ -163,7 +182,7 @@ class ReliableRuns(GRPOTrainer):
         cause: Exception | None = None
         if self.accelerator.is_main_process:
             try:
-                found = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir)
+                found = resumable_checkpoint(self.args, resume_from_checkpoint)
                 checkpoint = None if found is None else str(found)
             except (ValueError, OSError) as error:
                 cause, refusal = error, str(error)
@@ -177,6 +196,17 @@ class ReliableRuns(GRPOTrainer):
         rollout_batches = sampler.num_samples // sampler.batch_size  # a last incomplete one is left out
         steps = rollout_batches * sampler.repeat_count // self.args.gradient_accumulation_steps
         return EpochOrder(sampler, lambda: self.state.global_step, max(1, steps))
+
+    def _init_training_state(
+        self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, checkpoint: Any, trial: Any
+    ) -> tuple[int, int]:
+        position = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial
+        )
+        if checkpoint is None or self.args.ignore_data_skip or not isinstance(self.train_dataset, IterableDataset):
+            return position
+        passes, steps = streamed_position(TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME))))
+        return passes, steps * self.args.gradient_accumulation_steps
 
     def _end_epoch(self, stops: bool) -> None:
         self._drop_unfinished_step()
@@ -219,8 +249,11 @@ class ReliableRuns(GRPOTrainer):
             self._rotate_checkpoints(Path(self._get_output_dir(trial=trial)))
         if self.push_failures and self.accelerator.is_main_process:
             logger.error("%s", PushError(self.push_failures))
-        # An upload is no training: the parent's speed metrics count from `start_time`.
-        return super()._finalize_training(trial, num_train_samples, start_time + time.time() - waits_from)
+        # With room for one checkpoint, and a better one, the parent would delete what the stop request has just saved.
+        goes_on = {"save_total_limit": None, "load_best_model_at_end": False} if self._preemption.ends else {}
+        with overridden(self.args, **goes_on):
+            # An upload is no training: the parent's speed metrics count from `start_time`.
+            return super()._finalize_training(trial, num_train_samples, start_time + time.time() - waits_from)
 
     def end(self) -> None:
         """
@@ -242,6 +275,11 @@ class ReliableRuns(GRPOTrainer):
         self._guard.raise_on_all_ranks(self.accelerator)
         check_finite_rewards(rewards_per_func, self.reward_func_names)
         return rewards_per_func
+
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        if self.environment_factories is not None:  # TRL has just reset the environments, each rank its own
+            self._guard.raise_on_all_ranks(self.accelerator)
+        return super()._generate(*args, **kwargs)
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         completion_ids, *rest = super()._generate_single_turn(*args, **kwargs)
@@ -287,6 +325,8 @@ class ReliableRuns(GRPOTrainer):
             self._fields_of_user = {"save_total_limit": self.args.save_total_limit}
             with overridden(self.args, save_total_limit=None):
                 super()._save_checkpoint(model, trial)
+            if self.accelerator.is_main_process:
+                keep_rollout_batches(directory, self.args)
         except CheckpointNotSaved:
             raise
         except (Exception, CheckpointException) as error:  # the second, of torch, is no Exception

@@ -16,6 +16,21 @@ class CheckpointNotSaved(RuntimeError):
     """A checkpoint could not be saved. Raised on all ranks that can still be reached."""
 
 
+def check_saving(args: TrainingArguments) -> None:
+    """
+    Refuse another handler of SIGTERM than [`~opo_trl.runs.preemption.Preemption`], which it would replace.
+
+    Raises:
+        ValueError: If `enable_jit_checkpoint` is set.
+    """
+    if args.enable_jit_checkpoint:
+        raise ValueError(
+            "`enable_jit_checkpoint` must be False, got True: it would replace the handler of SIGTERM that saves on "
+            "all ranks together, and decide in each process by itself. Leave it out: SIGTERM already ends a run with a "
+            "complete checkpoint."
+        )
+
+
 @contextmanager
 def overridden(args: TrainingArguments, **fields: Any) -> Iterator[None]:
     """Set fields of the training arguments, and set them back at the end."""

@@ -6,7 +6,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments
 
-from ..runs.checkpoints import checkpoint_to_resume
+from ..runs.same_rollouts import resumable_checkpoint
 from .setup_phase import on_all_ranks
 
 
@@ -24,12 +24,13 @@ def find_checkpoint(args: TrainingArguments, state: PartialState) -> str | None:
         `str` or `None`: The checkpoint, or `None` for a start from the beginning.
 
     Raises:
-        ValueError: On all ranks, if the checkpoint that is asked for is missing or incomplete.
+        ValueError: On all ranks, if the checkpoint that is asked for is missing or incomplete, or this run cannot
+            continue it.
     """
     request = args.resume_from_checkpoint
 
     def look() -> Path | None:
-        return checkpoint_to_resume(request, str(args.output_dir)) if state.is_main_process else None
+        return resumable_checkpoint(args, request) if state.is_main_process else None
 
     checkpoint = broadcast_object_list([on_all_ranks(state, look)])[0]  # the main process decides
     if checkpoint is not None:
