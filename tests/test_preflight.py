@@ -144,7 +144,7 @@ def check_parameters(reward_funcs, train_dataset=PROBLEMS, eval_dataset=None, **
         min,
         None,
     ],
-    ids=str,
+    ids=["columns", "everything", "decorated", "partial", "two", "name and model", "built-in", "none"],
 )
 def test_rewards_that_can_be_called_are_accepted(accepted):
     check_parameters(accepted)
