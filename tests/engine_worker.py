@@ -318,6 +318,7 @@ def run_against_server(case: str, folder: Path) -> None:
         server.extension = "" if "extension" in case else server.extension
         settings = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": server.url, **ENGINE}
         settings |= {"vllm_weight_transfer": "file", "vllm_weight_dir": str(folder / "weights"), "learning_rate": 1e-2}
+        settings["vllm_logp_tolerance"] = None  # it plays a script
         message = "trained"
         try:
             trainer = scripted_trainer(folder, rollout=None, reward_funcs=reward, **{**SAVING, **settings})

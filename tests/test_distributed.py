@@ -53,6 +53,7 @@ def runs(tmp_path_factory):
     sampling_trainer(directory / "saved by one", tiny_model()).train()
     checkpoint = directory / SETUP / "run" / "checkpoint-1"
     checkpoint.mkdir(parents=True)
+    (checkpoint / "scheduler.pt").touch()
     mark_complete(checkpoint)
     interrupt_evaluation(directory / EVALUATION)
     return two_processes("ddp", cases, directory), directory

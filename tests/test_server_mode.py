@@ -40,6 +40,7 @@ def server_trainer(output_dir, server, **settings):
     weights.mkdir(exist_ok=True)
     defaults = {
         "use_vllm": True,
+        "vllm_logp_tolerance": None,  # it plays a script
         "vllm_mode": "server",
         "vllm_server_base_url": server.url,
         "vllm_server_timeout": 0.0,

@@ -108,6 +108,7 @@ def test_two_ranks_end_with_one_message(tmp_path):
     """In processes of their own, that the launcher ends: what comes before one mistake is in test_distributed.py."""
     checkpoint = tmp_path / "run" / "checkpoint-1"
     checkpoint.mkdir(parents=True)
+    (checkpoint / "scheduler.pt").touch()
     mark_complete(checkpoint)
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",

@@ -115,7 +115,7 @@ class VllmStandIn:
             return {"data": [{"id": "stand-in"}]}
         if path == "/server_info":
             parallel = {"worker_extension_cls": self.extension, "data_parallel_size": self.engines}
-            model = {"logprobs_mode": "processed_logprobs"}
+            model = {"logprobs_mode": "processed_logprobs", "dtype": "torch.float32"}
             return {"vllm_config": {"parallel_config": parallel, "model_config": model}}
         if path == "/collective_rpc":
             return {"results": [getattr(self.worker, body["method"])(*body["args"])]}

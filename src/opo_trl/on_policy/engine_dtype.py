@@ -104,7 +104,8 @@ def engine_dtype(generation: Any) -> str | None:
         except RuntimeError as error:  # its development endpoints are closed
             logger.info("The vLLM server does not report its dtype: %s", error)
             return None
-        return _name(server["model_config"]["dtype"])
+        dtype = server["model_config"].get("dtype")
+        return None if dtype is None else _name(dtype)
     return None
 
 
