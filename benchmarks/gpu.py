@@ -1,5 +1,5 @@
 """
-OPO against TRL on a GPU: the update, and a whole step with generation, at the shape of Qwen2.5-0.5B.
+OPO against TRL on a GPU: the update, and a complete step with generation, at the shape of Qwen2.5-0.5B.
 
     python benchmarks/gpu.py                      # bf16, completions of up to 8,192 tokens
     python benchmarks/gpu.py --device cpu --tiny  # the same code on a CPU: a tiny model, one case, one round
@@ -8,7 +8,7 @@ Weights are random and nothing is downloaded. Lengths are log-normal, as in `upd
 rewards are equal, and both trainers get the same ones.
 
 The update is that of `update_phase.py`: scripted rollouts, rounds that alternate between the trainers, medians of the
-paired ratios, peak memory of a process of its own. A whole step generates with vLLM in colocate mode where vLLM is
+paired ratios, peak memory of a process of its own. A complete step generates with vLLM in colocate mode where vLLM is
 installed, and with transformers otherwise, then with completions of at most 1,024 tokens. A random model ends its
 completions too rarely, so that each is stopped at a length that has been drawn for it. Every run of a step is a process
 of its own, in the order TRL, OPO, OPO, TRL; the first step warms up.

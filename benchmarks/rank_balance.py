@@ -49,19 +49,21 @@ def simulate(ranks: int, rows: int, micro_batches: int, uninformative: float) ->
         total = ranks * rows
         lengths = draw_lengths(total, generator)
         groups = total // GROUP_SIZE
-        silent = torch.randperm(groups, generator=generator)[: round(uninformative * groups)]
-        learns = torch.ones(groups, GROUP_SIZE, dtype=torch.bool)
-        learns[silent] = False
-        learns = learns.flatten()
+        chosen = torch.randperm(groups, generator=generator)[: round(uninformative * groups)]
+        informative = torch.ones(groups, GROUP_SIZE, dtype=torch.bool)
+        informative[chosen] = False
+        informative = informative.flatten()
         own = [torch.arange(r * rows, (r + 1) * rows) for r in range(ranks)]
-        widths = [PROMPT_LENGTH + int(lengths[hand].max()) for hand in own]
+        widths = [PROMPT_LENGTH + int(lengths[rank_rows].max()) for rank_rows in own]
         trl = rows * max(widths)
         largest = int(MEMORY_SHARE * rows // micro_batches * max(widths))
-        for name, hands in (
-            ("own rows", [hand[learns[hand]] for hand in own]),
-            ("assigned", UpdatePlanner(micro_batches, num_ranks=ranks).assign(lengths + PROMPT_LENGTH, learns)),
+        for name, assigned in (
+            ("own rows", [rank_rows[informative[rank_rows]] for rank_rows in own]),
+            ("assigned", UpdatePlanner(micro_batches, num_ranks=ranks).assign(lengths + PROMPT_LENGTH, informative)),
         ):
-            costs = torch.tensor([micro_batch_tokens(lengths[hand], micro_batches, largest) for hand in hands])
+            costs = torch.tensor(
+                [micro_batch_tokens(lengths[rank_rows], micro_batches, largest) for rank_rows in assigned]
+            )
             speedups.setdefault(f"{name}, DDP", []).append(trl / float(costs.sum(dim=1).max()))
             speedups.setdefault(f"{name}, ZeRO-3", []).append(trl / float(costs.max(dim=0).values.sum()))
     return {name: statistics.median(values) for name, values in speedups.items()}

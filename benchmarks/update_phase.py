@@ -53,7 +53,7 @@ LM_HEADS = ("all", "completions", "none")
 class Case(NamedTuple):
     """One setting of the comparison."""
 
-    law: str
+    distribution: str
     uninformative: float
     rows: int = 64
     micro_batches: int = 8
@@ -63,13 +63,13 @@ class Case(NamedTuple):
     def name(self) -> str:
         sampler = "/sampler" if self.sampler else ""
         rows = self.rows // self.micro_batches
-        return f"{self.law}/uninformative={self.uninformative}/micro-batch={rows}{sampler}"
+        return f"{self.distribution}/uninformative={self.uninformative}/micro-batch={rows}{sampler}"
 
 
-LAWS = ("constant", "uniform", "lognormal", "tiny_policy")
+DISTRIBUTIONS = ("constant", "uniform", "lognormal", "tiny_policy")
 HEADLINE = [Case("lognormal", 0.5), Case("lognormal", 0.0), Case("constant", 0.0)]
 CASES = [
-    *(Case(law, share) for law in LAWS for share in (0, 0.25, 0.5, 0.75)),
+    *(Case(distribution, share) for distribution in DISTRIBUTIONS for share in (0, 0.25, 0.5, 0.75)),
     Case("lognormal", 0.0, micro_batches=16),
     Case("lognormal", 0.5, micro_batches=64),
     Case("lognormal", 0.0, micro_batches=64),
@@ -78,20 +78,20 @@ CASES = [
 ]
 
 
-def draw_lengths(law: str, rows: int, generator: torch.Generator, longest: int) -> torch.Tensor:
+def draw_lengths(distribution: str, rows: int, generator: torch.Generator, longest: int) -> torch.Tensor:
     """Completion lengths (N,), end token included. Log-normal: mu 5.0, sigma 0.7, clipped, for a longest of 512."""
     scale = longest / 512
-    if law == "constant":
+    if distribution == "constant":
         return torch.full((rows,), int(200 * scale))
-    if law == "uniform":
+    if distribution == "uniform":
         return torch.randint(int(16 * scale), longest + 1, (rows,), generator=generator)
-    if law == "lognormal":
+    if distribution == "lognormal":
         lengths = torch.exp(5.0 + 0.7 * torch.randn(rows, generator=generator)) * scale
         return lengths.clamp(int(16 * scale), longest).long()
-    if law == "tiny_policy":  # of the quickstart's policy before training: guesses of 4 tokens, steps of about 22
+    if distribution == "tiny_policy":  # the quickstart's policy before training: guesses of 4 tokens, steps of about 22
         lengths = json.loads((Path(__file__).parent / "tiny_policy_lengths.json").read_text())
         return torch.tensor(lengths)[torch.randint(len(lengths), (rows,), generator=generator)]
-    raise ValueError(f"law must be constant, uniform, lognormal or tiny_policy, got {law!r}.")
+    raise ValueError(f"distribution must be constant, uniform, lognormal or tiny_policy, got {distribution!r}.")
 
 
 def set_lm_head(positions: str) -> None:
@@ -127,7 +127,7 @@ class Script:
     def draw(self) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(self.round)
         case = self.case
-        lengths = draw_lengths(case.law, case.rows, generator, self.longest).tolist()
+        lengths = draw_lengths(case.distribution, case.rows, generator, self.longest).tolist()
         groups = case.rows // GROUP_SIZE
         flat = torch.randperm(groups, generator=generator)[: round(case.uninformative * groups)].tolist()
         scores = torch.rand(case.rows, generator=generator)

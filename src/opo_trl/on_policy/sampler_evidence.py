@@ -140,7 +140,7 @@ def compare_sampler(logits: torch.Tensor, tokens: torch.Tensor, reported: torch.
 def compare_log_probabilities(
     logps: torch.Tensor, entropies: torch.Tensor, reported: torch.Tensor
 ) -> SamplerEvidence:  # (N,) each
-    """Compare log-probabilities alone, where the policy's logits are not at hand: the draws are not judged."""
+    """Compare log-probabilities alone, where the policy's logits are not available: the draws are not tested."""
     known = ~(reported.isnan() | logps.isnan())  # (N,)
     differences = (logps - reported)[known].abs()
     return SamplerEvidence(

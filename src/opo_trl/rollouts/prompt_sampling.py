@@ -35,7 +35,7 @@ def draw_without_replacement(
 
 class PromptSampling:
     r"""
-    Draws the prompts of each step, and learns from their rewards.
+    Draws the prompts of each step, and keeps counts of their rewards.
 
     Prompt i is drawn first with the probability
 
