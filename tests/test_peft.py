@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from test_trainer import WHOLE_SCRIPT, reinforce_update, scripted_groups
 from tiny import relative_error, scripted_trainer, tiny_model, tiny_tokenizer, update_of
@@ -42,6 +42,35 @@ def test_an_adapter_is_moved_by_the_same_gradient(tmp_path, adapter):
     update = update_of(trainer)
     assert all("lora_" in name for name in update)
     assert relative_error(update, reinforce_update(peft_model(adapter), scripted_groups())) < 1e-5
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory):
+    """The tiny model in 4 bits, anew at each call, as QLoRA has it."""
+    directory = tmp_path_factory.mktemp("model")
+    tiny_model().save_pretrained(directory)
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    return lambda: AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, quantization_config=settings)
+
+
+def test_an_adapter_of_a_quantized_base_is_moved_by_the_same_gradient(tmp_path, quantized):
+    def adapted():
+        torch.manual_seed(1)
+        return get_peft_model(quantized(), LoraConfig(**ADAPTERS["LoRA"], init_lora_weights=False))
+
+    base = quantized()
+    assert type(base.model.layers[0].mlp.down_proj).__name__ == "Linear4bit"
+    trainer = scripted_trainer(tmp_path, adapted(), **WHOLE_SCRIPT)
+    adapter = [p for p in trainer.model.parameters() if p.requires_grad]
+    assert {p.dtype for p in adapter} == {torch.bfloat16}, "as TRL has it, too coarse to compare"
+    for parameter, exact in zip(adapter, (p for p in adapted().parameters() if p.requires_grad), strict=True):
+        parameter.data = exact.data
+    update = update_of(trainer)
+    assert all("lora_" in name for name in update)
+    assert relative_error(update, reinforce_update(adapted(), scripted_groups())) < 1e-5
+    assert relative_error(update, reinforce_update(peft_model(ADAPTERS["LoRA"]), scripted_groups())) > 1e-2, "4 bits"
+    start = dict(base.named_parameters())
+    assert all(torch.equal(value, start[name]) for name, value in base_weights(trainer.model).items())
 
 
 def test_an_adapter_of_a_peft_config_really_moves_and_the_base_does_not(tmp_path, adapter):
