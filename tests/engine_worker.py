@@ -62,8 +62,6 @@ USES_DEEPSPEED = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
 ENGINE: dict[str, Any] = {"use_cpu": False, "ddp_backend": "gloo"} if USES_DEEPSPEED else {}
 if os.environ.get("OPO_TEST_NCCL") == "1":
     ENGINE = {"use_cpu": False}
-if "TEST_DEEPSPEED_CONFIG" in os.environ:
-    ENGINE["deepspeed"] = os.environ["TEST_DEEPSPEED_CONFIG"]
 SAVING = {
     "per_device_train_batch_size": 4,
     "gradient_accumulation_steps": 2,

@@ -261,7 +261,7 @@ def _variables(engine: str, directory: Path) -> dict[str, str]:
         zero = {**AUTO["zero_optimization"], "stage": AUTO_STAGES[engine]}
         path = directory / "deepspeed.json"
         path.write_text(json.dumps({**AUTO, "zero_optimization": zero}))
-        return {"ACCELERATE_USE_DEEPSPEED": "true", "TEST_DEEPSPEED_CONFIG": str(path)}
+        return {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path)}
     if engine == "nccl":
         return {"OPO_TEST_NCCL": "1", "CUDA_VISIBLE_DEVICES": ",".join(gpus()[:PROCESSES])}
     return {"ACCELERATE_USE_CPU": "true"} if engine == "ddp" else {}

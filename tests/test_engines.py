@@ -105,7 +105,12 @@ def test_the_self_test_of_vllm_scores_with_sharded_weights(run_of, engine, case)
 @pytest.mark.parametrize("case", ["full, AdamW", "LoRA"])
 @pytest.mark.parametrize("engine", AUTO_STAGES)
 def test_a_deepspeed_configuration_of_auto_values_equals_one_process(auto_run_of, reference_of, engine, case):
-    """As transformers' documentation has it: a file for `OPOConfig(deepspeed=...)`, started by torchrun."""
+    """
+    A file, as accelerate's `deepspeed_config_file` has it, started by torchrun.
+
+    `OPOConfig(deepspeed=...)` takes the same file, but on a CPU transformers passes no backend then: each process would
+    train alone.
+    """
     outcome = read_outcome(auto_run_of(engine) / case)
     assert outcome.engine == "DEEPSPEED"
     assert (outcome.held_share < 0.6) == (AUTO_STAGES[engine] == 3)
