@@ -65,7 +65,6 @@ def test_the_updates_headlines():
 WITHOUT_LM_HEAD = ROOT / "benchmarks" / "results" / "update_phase-lm-head-none-quick.json"
 
 
-@pytest.mark.skipif(not WITHOUT_LM_HEAD.exists(), reason="--lm-head none has not been run on a quiet machine yet")
 def test_the_update_without_the_lm_head():
     half, none, constant = (f"{case['speedup']:.2f}x" for case in results(WITHOUT_LM_HEAD.stem)["cases"])
     sentence = f"half of the groups uninformative {half}, with none {none}, constant lengths {constant}"
