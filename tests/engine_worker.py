@@ -51,9 +51,10 @@ from opo_trl.scripts.policies import EMBEDDED_MODEL, model_path
 from opo_trl.scripts.problems import load_problems
 from policy_engine import PolicyEngine
 from setup_worker import set_up
-from test_environments import Adder, tool_tokenizer
+from test_environments import Adder
 from test_resume import REFILLED, lora_model, prompts_of_each_step, sampling_trainer
 from tiny import scripted_dataset, scripted_reward, scripted_rollout, scripted_trainer, tiny_config, tiny_model
+from tool_turns import tool_tokenizer
 from vllm_stand_in import Died, vllm_stand_in
 
 USES_DEEPSPEED = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"

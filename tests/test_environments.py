@@ -1,18 +1,13 @@
 """Environments with several turns: their output is attended, not trained, and does not count as length."""
 
-import inspect
-from pathlib import Path
-
 import pytest
 from datasets import Dataset
-from trl import GRPOTrainer
 
 from opo_trl import OPOTrainer
 from opo_trl.runs.guarded_functions import RewardError
 from test_trainer import reinforce_update
-from tiny import relative_error, tiny_config, tiny_model, tiny_tokenizer, update_of
-
-LONG = {"max_position_embeddings": 4096}
+from tiny import relative_error, tiny_config, tiny_model, update_of
+from tool_turns import LONG, call, rows_of, tool_tokenizer, turns_trainer
 
 
 class Adder:
@@ -60,54 +55,13 @@ class Greeter:
         return f"hello {name}"
 
 
-def tool_tokenizer():
-    template = Path(inspect.getfile(GRPOTrainer)).parents[1] / "chat_templates" / "qwen3.jinja"
-    return tiny_tokenizer(chat_template=template.read_text())
-
-
-def call(tool, **arguments):
-    listed = ", ".join(f'"{key}": {value!r}'.replace("'", '"') for key, value in arguments.items())
-    return f'<tool_call>\n{{"name": "{tool}", "arguments": {{{listed}}}}}\n</tool_call>'
-
-
-def environment_trainer(output_dir, turns, model=None, **arguments):
-    """The turns are scripted, one list of texts after the other; the batch and the sampled ids are kept."""
-    tokenizer, script = tool_tokenizer(), iter(turns)
-
-    class Scripted(OPOTrainer):
-        def _generate_single_turn(self, prompt_ids, *args, **kwargs):
-            texts = next(script)
-            assert len(texts) == len(prompt_ids)
-            return [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts], None
-
-        def _generate_and_score_completions(self, inputs):
-            self.batch = super()._generate_and_score_completions(inputs)
-            return self.batch
-
-    return Scripted(
-        tiny_model(**LONG) if model is None else model,
-        args=tiny_config(output_dir, max_completion_length=900),
-        processing_class=tokenizer,
-        **arguments,
-    )
-
-
-def rows_of(batch, rewards):
-    """Rows as `reinforce_update` takes them, without padding."""
-    names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "tool_mask")
-    return [
-        (prompt[prompt_mask.bool()].tolist(), ids[mask.bool()].tolist(), trained[mask.bool()].tolist(), reward)
-        for prompt, prompt_mask, ids, mask, trained, reward in zip(*map(batch.get, names), rewards, strict=True)
-    ]
-
-
 def test_two_turns_with_an_environment_that_owns_problem_and_reward(tmp_path):
     """No dataset and no reward function; rows call the tool never, once, twice, or twice in one turn."""
     one, two, three = (call("add", amount=n) for n in (1, 2, 3))
     first = ["none", one, two, "none at all", three, one + one, "no", two]
     second = [one, "done", two + "", "enough", "that is all"]  # of rows 1, 2, 4, 5 and 7
     third = ["fine", "four more words here"]  # of rows 1 and 4
-    trainer = environment_trainer(tmp_path, [first, second, third], environment_factory=Adder)
+    trainer = turns_trainer(tmp_path, [first, second, third], environment_factory=Adder)
     update, batch = update_of(trainer), trainer.batch
     rewards = [0, 2 / 4 - 0.25, 2 / 4 - 0.125, 0, 5 / 4 - 0.25, 2 / 4 - 0.25, 0, 2 / 4 - 0.125]
     log = trainer.state.log_history[0]
@@ -138,7 +92,7 @@ def test_two_kinds_of_environments_in_one_run(tmp_path):
 
     first = [call("add", amount=n) for n in (0, 1, 2)] + ["nothing"]
     first += [call("greet", name="you"), "nobody", "nobody else", call("greet", name="me")]
-    trainer = environment_trainer(
+    trainer = turns_trainer(
         tmp_path,
         [first, ["a", "bb", "ccc", "dddd", "eeeee"]],
         train_dataset=Dataset.from_list(rows),
@@ -166,7 +120,7 @@ def test_a_tool_that_fails_is_an_answer_to_the_model(tmp_path):
             raise ValueError("no adding today")
 
     turns = [[call("add", amount=n) for n in range(8)], ["oh" + "!" * n for n in range(8)]]
-    trainer = environment_trainer(tmp_path, turns, environment_factory=Failing)
+    trainer = turns_trainer(tmp_path, turns, environment_factory=Failing)
     trainer.train()
     assert trainer.state.log_history[0]["tools/failure_frequency"] == 1
     assert "no adding today" in tool_tokenizer().decode(trainer.batch["completion_ids"][0])
@@ -191,7 +145,7 @@ class BrokenReward(Adder):
 )
 def test_an_environment_that_fails_is_raised_by_its_name(tmp_path, environment, message):
     """On two ranks: test_distributed.py."""
-    trainer = environment_trainer(tmp_path, [["a" * n for n in range(1, 9)]], environment_factory=environment)
+    trainer = turns_trainer(tmp_path, [["a" * n for n in range(1, 9)]], environment_factory=environment)
     with pytest.raises(RewardError, match=message):
         trainer.train()
 
@@ -206,7 +160,7 @@ def test_a_factory_that_fails_later_is_raised(tmp_path):
             raise OverflowError("no more rooms")
         return made[-1]
 
-    trainer = environment_trainer(tmp_path, [["a"] * 8], environment_factory=factory)
+    trainer = turns_trainer(tmp_path, [["a"] * 8], environment_factory=factory)
     with pytest.raises(RewardError, match="The environment factory failed on rank 0: OverflowError: no more rooms"):
         trainer.train()
     assert len(made) == 8

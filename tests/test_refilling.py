@@ -1,14 +1,11 @@
 """A step that is refilled: its update, its metrics, what resumes bitwise, and what is refused."""
 
-import inspect
 import itertools
-from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, MixtralConfig
-from trl import GRPOTrainer
 
 from opo_trl import OPOConfig, OPOTrainer
 from test_resume import REFILLED, sampling_trainer, without_times
@@ -24,11 +21,10 @@ from tiny import (
     scripted_reward,
     scripted_rollout,
     scripted_trainer,
-    tiny_config,
     tiny_model,
-    tiny_tokenizer,
     update_of,
 )
+from tool_turns import LONG, add, call, rows_of, tool_tokenizer, turns_trainer
 
 UNINFORMATIVE = ["fifteen", "seven!"]
 INFORMATIVE = [prompt for prompt in SCRIPT if prompt not in UNINFORMATIVE]
@@ -130,58 +126,25 @@ def test_a_refilled_step_equals_one_whose_prompts_are_all_informative(tmp_path, 
 
 def test_tools_are_called_in_every_round(tmp_path):
     """The first round's rewards are all equal; of the second round's completions, every other one has called a tool."""
-
-    def add(a: int, b: int) -> int:
-        """
-        Add two numbers.
-
-        Args:
-            a: The first number.
-            b: The second number.
-
-        Returns:
-            Their sum.
-        """
-        return a + b
-
-    template = Path(inspect.getfile(GRPOTrainer)).parents[1] / "chat_templates" / "qwen3.jinja"
-    tokenizer = tiny_tokenizer(chat_template=template.read_text())
-    call = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call>'
-    turns = iter(
-        [
-            ["no tool" + "!" * i for i in range(4)],
-            [call if i % 2 else "none" + "!" * i for i in range(4)],
-            ["it is 3" + "." * i for i in range(2)],
-        ]
-    )
-    rewards = iter([[0.5] * 4, [0.3, 1.0, -0.5, 0.0]])
-
-    class Scripted(OPOTrainer):
-        def _generate_single_turn(self, prompt_ids, *args, **kwargs):
-            return [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in next(turns)], None
-
-        def _generate_and_score_completions(self, inputs):
-            self.batch = super()._generate_and_score_completions(inputs)
-            return self.batch
-
-    trainer = Scripted(
-        tiny_model(max_position_embeddings=4096),
-        lambda completions, **kwargs: next(rewards),
-        tiny_config(tmp_path, max_completion_length=600, per_device_train_batch_size=4, max_refill_rounds=1),
-        Dataset.from_list([{"prompt": [{"role": "user", "content": f"add {n}"}]} for n in range(2)]),
-        processing_class=tokenizer,
+    turns = [
+        ["no tool" + "!" * i for i in range(4)],
+        [call("add", a=1, b=2) if i % 2 else "none" + "!" * i for i in range(4)],
+        ["it is 3" + "." * i for i in range(2)],
+    ]
+    second = [0.3, 1.0, -0.5, 0.0]
+    rewards = iter([[0.5] * 4, second])
+    trainer = turns_trainer(
+        tmp_path,
+        turns,
+        settings={"per_device_train_batch_size": 4, "max_refill_rounds": 1},
+        reward_funcs=lambda completions, **kwargs: next(rewards),
+        train_dataset=Dataset.from_list([{"prompt": [{"role": "user", "content": f"add {n}"}]} for n in range(2)]),
         tools=[add],
     )
-    update, batch = update_of(trainer), trainer.batch
-    names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "tool_mask")
-    group = [
-        (prompt[prompt_mask.bool()].tolist(), ids[mask.bool()].tolist(), trained[mask.bool()].tolist(), reward)
-        for prompt, prompt_mask, ids, mask, trained, reward in zip(
-            *(batch[name][4:] for name in names), [0.3, 1.0, -0.5, 0.0], strict=True
-        )
-    ]
-    assert "<tool_response>\n3\n</tool_response>" in tokenizer.decode(group[1][1])
-    assert relative_error(update, reinforce_update(tiny_model(max_position_embeddings=4096), [group])) < 1e-5
+    update = update_of(trainer)
+    group = rows_of(trainer.batch, [*[0.5] * 4, *second])[4:]
+    assert "<tool_response>\n3\n</tool_response>" in tool_tokenizer().decode(group[1][1])
+    assert relative_error(update, reinforce_update(tiny_model(**LONG), [group])) < 1e-5
     assert logged(trainer)["tools/call_frequency"] == 2 / 8
 
 
@@ -217,7 +180,7 @@ def test_metrics_are_over_all_completions_that_were_sampled(tmp_path):
     refilled.train()
     sampled = list(itertools.chain(*rounds))
     assert [len(each) for each in rounds][:2] == [3, 2], "rounds of different sizes"
-    whole, _ = refilling_trainer(
+    complete, _ = refilling_trainer(
         tmp_path,
         sampled,
         cut_short,
@@ -225,8 +188,8 @@ def test_metrics_are_over_all_completions_that_were_sampled(tmp_path):
         per_device_train_batch_size=len(sampled) * GROUP_SIZE,
         **settings,
     )
-    whole.train()
-    expected, log = logged(whole), logged(refilled)
+    complete.train()
+    expected, log = logged(complete), logged(refilled)
     of_the_update = {"loss", "grad_norm", "step_time", "epoch"}
     for name in expected.keys() - of_the_update:
         if not name.startswith(("time/", "tokens_per_second/")):
@@ -260,18 +223,18 @@ def test_evaluation_is_not_refilled(tmp_path):
 
 
 def test_a_resumed_run_takes_the_same_prompts_and_ends_in_the_same_bits(tmp_path):
-    whole = sampling_trainer(tmp_path / "whole", tiny_model(), 4, **REFILLED)
-    whole.train()
-    rounds = [entry["rollouts/rounds"] for entry in whole.state.log_history if "rollouts/rounds" in entry]
+    complete = sampling_trainer(tmp_path / "complete", tiny_model(), 4, **REFILLED)
+    complete.train()
+    rounds = [entry["rollouts/rounds"] for entry in complete.state.log_history if "rollouts/rounds" in entry]
     assert max(rounds[2:]) > 0, rounds
     step = 2
     resumed = sampling_trainer(tmp_path / "resumed", tiny_model(), 4, **REFILLED)
     torch.manual_seed(step)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
-    expected = whole.model.state_dict()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "complete" / f"checkpoint-{step}"))
+    expected = complete.model.state_dict()
     for name, value in resumed.model.state_dict().items():
         assert torch.equal(value, expected[name]), name
-    assert without_times(resumed.state.log_history[:-1]) == without_times(whole.state.log_history[:-1])
+    assert without_times(resumed.state.log_history[:-1]) == without_times(complete.state.log_history[:-1])
 
 
 # ---- Refusals

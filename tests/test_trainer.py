@@ -1,8 +1,6 @@
 """One step of OPO is the gradient of the paper, whatever surrounds it: the update against a hand-written oracle."""
 
-import inspect
 import math
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -34,6 +32,7 @@ from tiny import (
     tiny_tokenizer,
     update_of,
 )
+from tool_turns import LONG, add, call, rows_of, tool_tokenizer, turns_trainer
 
 WHOLE_SCRIPT = {"per_device_train_batch_size": len(SCRIPT) * GROUP_SIZE}
 MAX_LENGTH = 32
@@ -243,60 +242,23 @@ def test_masked_tokens_are_attended_but_neither_trained_nor_counted(tmp_path):
 
 def test_tools_are_called_and_their_output_is_not_trained(tmp_path):
     """TRL's own tool loop with a real chat template; what the tool said counts neither in b* nor in the gradient."""
-
-    def add(a: int, b: int) -> int:
-        """
-        Add two numbers.
-
-        Args:
-            a: The first number.
-            b: The second number.
-
-        Returns:
-            Their sum.
-        """
-        return a + b
-
-    template = Path(inspect.getfile(GRPOTrainer)).parents[1] / "chat_templates" / "qwen3.jinja"
-    tokenizer = tiny_tokenizer(chat_template=template.read_text())
-    call = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call>'
-    turns = iter(
-        [
-            [call if i % 2 else "without a tool" + "!" * i for i in range(8)],
-            ["it is 3" + "." * i for i in range(4)],
-        ]
-    )
-
-    class Scripted(OPOTrainer):
-        def _generate_single_turn(self, prompt_ids, *args, **kwargs):
-            return [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in next(turns)], None
-
-        def _generate_and_score_completions(self, inputs):
-            self.batch = super()._generate_and_score_completions(inputs)
-            return self.batch
-
+    turns = [
+        [call("add", a=1, b=2) if i % 2 else "without a tool" + "!" * i for i in range(8)],
+        ["it is 3" + "." * i for i in range(4)],
+    ]
     rewards = [0.3, 1.0, -0.5, 0.0, 2.0, 0.25, 0.5, 1.5]
-    trainer = Scripted(
-        tiny_model(max_position_embeddings=4096),
-        lambda completions, **kwargs: rewards,
-        tiny_config(tmp_path, max_completion_length=600),
-        Dataset.from_list([{"prompt": [{"role": "user", "content": f"add {n}"}]} for n in range(2)]),
-        processing_class=tokenizer,
+    trainer = turns_trainer(
+        tmp_path,
+        turns,
+        reward_funcs=lambda completions, **kwargs: rewards,
+        train_dataset=Dataset.from_list([{"prompt": [{"role": "user", "content": f"add {n}"}]} for n in range(2)]),
         tools=[add],
     )
-    update, batch = update_of(trainer), trainer.batch
+    update, rows = update_of(trainer), rows_of(trainer.batch, rewards)
     assert trainer.state.log_history[0]["tools/call_frequency"] == 0.5
-    rows = [
-        (prompt[prompt_mask.bool()].tolist(), ids[mask.bool()].tolist(), trained[mask.bool()].tolist(), reward)
-        for prompt, prompt_mask, ids, mask, trained, reward in zip(
-            *(batch[k] for k in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "tool_mask")),
-            rewards,
-            strict=True,
-        )
-    ]
-    assert "<tool_response>\n3\n</tool_response>" in tokenizer.decode(rows[1][1])
+    assert "<tool_response>\n3\n</tool_response>" in tool_tokenizer().decode(rows[1][1])
     assert 0 < sum(rows[1][2]) < len(rows[1][2])
-    expected = reinforce_update(tiny_model(max_position_embeddings=4096), [rows[:4], rows[4:]])
+    expected = reinforce_update(tiny_model(**LONG), [rows[:4], rows[4:]])
     assert relative_error(update, expected) < 1e-5
 
 
