@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from ..algorithm.baselines import reward_range
+
 PRIOR_HALF_LIFE = 20  # steps: the population is seen in every step, so its prior can follow the policy closely
 START_CORRELATION = 1 / 3  # of two outcomes of one prompt under Beta(1, 1)
 LEAST_COUNT = 1e-3  # completions: smaller counts are dropped, before they become denormal numbers
@@ -112,9 +114,8 @@ class PromptOutcomes:
         Returns:
             `torch.Tensor` of shape `(P,)`: which groups are informative.
         """
-        lowest = torch.where(scored, rewards, torch.inf).amin(dim=1)  # (P,)
-        highest = torch.where(scored, rewards, -torch.inf).amax(dim=1)
-        informative = lowest < highest
+        lowest, highest = reward_range(rewards, scored)  # (P, 1)
+        informative = (lowest < highest).squeeze(1)
         if self.binary and not bool(((rewards == 0) | (rewards == 1) | ~scored).all()):
             self._count_groups()
         if self.binary:
