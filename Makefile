@@ -11,7 +11,7 @@
 #   make build     wheel and sdist, in dist/
 #   make test-build   install the wheel in a clean environment, and run README's Python there
 #   make benchmark the update and the reward against TRL's, about 34 minutes
-#   make benchmark-gpu  the update and a whole step against TRL's on a CUDA GPU, at the shape of Qwen2.5-0.5B
+#   make benchmark-gpu  the update and a complete step against TRL's on a CUDA GPU, at the shape of Qwen2.5-0.5B
 #   make experiments  gradient variance, and OPO against GRPO: about an hour on two cores
 #   make engines-table how far each engine ends from one process, 2 minutes
 #   make docs      the documentation as a site, in site/index.html

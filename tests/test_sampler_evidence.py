@@ -148,12 +148,12 @@ def test_evidence_of_parts_adds_up(generator):
     logits = policy(100, generator)
     tokens, reported = draw(logits, generator)
     reported[7] = math.nan
-    whole = compare_sampler(logits, tokens, reported)
+    at_once = compare_sampler(logits, tokens, reported)
     parts = [
         compare_sampler(logits[cut], tokens[cut], reported[cut]) for cut in (slice(30), slice(30, 30), slice(30, 100))
     ]
     total = parts[0] + parts[1] + parts[2]
     assert isinstance(total, SamplerEvidence)
     assert (total.tokens, total.nan, total.wrong) == (100, 1, 0)
-    assert total.entropy == pytest.approx(whole.entropy)
-    assert total.log_ratios == pytest.approx(whole.log_ratios)
+    assert total.entropy == pytest.approx(at_once.entropy)
+    assert total.log_ratios == pytest.approx(at_once.log_ratios)

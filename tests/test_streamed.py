@@ -53,16 +53,16 @@ def test_a_streamed_run_trains_and_evaluates(undisturbed):
 
 @pytest.mark.parametrize("step", [1, 3, 7])  # in the first and the third pass, and where two of them meet
 def test_a_resumed_streamed_run_is_bitwise_identical(undisturbed, tmp_path, step):
-    output_dir, whole, prompts = undisturbed
+    output_dir, complete, prompts = undisturbed
     trainer = streaming_trainer(tmp_path)
     resumed = prompts_of_each_step(trainer)
     torch.manual_seed(step)
     trainer.train(resume_from_checkpoint=str(output_dir / f"checkpoint-{step}"))
     assert [each for each in resumed if len(each) == 2] == prompts[step:]
-    expected = whole.model.state_dict()
+    expected = complete.model.state_dict()
     for name, value in trainer.model.state_dict().items():
         assert torch.equal(value, expected[name]), name
-    assert trainer.state.epoch == whole.state.epoch
+    assert trainer.state.epoch == complete.state.epoch
 
 
 def test_a_finished_streamed_run_is_continued_with_more_steps(undisturbed, tmp_path):

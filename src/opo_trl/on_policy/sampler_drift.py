@@ -21,7 +21,7 @@ class SamplerDriftWarning(TrainerCallback):
 
     Watches the mean of their absolute difference per token. The limit is `GROWTH` times the smallest of the first
     `FIRST` logging periods, and at least `FLOOR`; where there is a tolerance of the self-test, at most that. A resumed
-    run goes on from the periods that its checkpoint has logged.
+    run continues with the periods that its checkpoint has logged.
 
     Args:
         tolerance (`float`, *optional*):

@@ -98,7 +98,7 @@ class PromptSampling:
 
     def observe(self, draw: Draw, rewards: torch.Tensor, scored: torch.Tensor) -> dict[str, float]:
         """
-        Learn from the rewards of a step.
+        Add the rewards of a step to the counts.
 
         Args:
             draw ([`Draw`]):

@@ -249,9 +249,9 @@ class ReliableRuns(GRPOTrainer):
             self._rotate_checkpoints(Path(self._get_output_dir(trial=trial)))
         if self.push_failures and self.accelerator.is_main_process:
             logger.error("%s", PushError(self.push_failures))
-        # With room for one checkpoint, and a better one, the parent would delete what the stop request has just saved.
-        goes_on = {"save_total_limit": None, "load_best_model_at_end": False} if self._preemption.ends else {}
-        with overridden(self.args, **goes_on):
+        # With `save_total_limit=1` and a better checkpoint, the parent would delete what the stop has just saved.
+        unfinished = {"save_total_limit": None, "load_best_model_at_end": False} if self._preemption.ends else {}
+        with overridden(self.args, **unfinished):
             # An upload is no training: the parent's speed metrics count from `start_time`.
             return super()._finalize_training(trial, num_train_samples, start_time + time.time() - waits_from)
 

@@ -27,9 +27,9 @@ class StepStatistics:
         mask = mask.bool()
         self.add_ratio(name, torch.where(mask, values, 0).float().sum(), mask.sum())
 
-    def add_ratio(self, name: str, part: torch.Tensor, whole: torch.Tensor) -> None:
+    def add_ratio(self, name: str, numerator: torch.Tensor, denominator: torch.Tensor) -> None:
         """Add to the numerator and the denominator of the mean `name`; both are scalars."""
-        total = torch.stack([part.float(), whole.float()])
+        total = torch.stack([numerator.float(), denominator.float()])
         self._totals[name] = self._totals[name] + total if name in self._totals else total
 
     def add_max(self, name: str, values: torch.Tensor, mask: torch.Tensor) -> None:
