@@ -64,8 +64,9 @@ class SelfTest:
         mode (`str`):
             `"colocate"` or `"server"`, for the message.
         score (`Callable`):
-            The update's own forward: log-probabilities and entropies `(B, C)` of a micro-batch. Takes the place of the
-            logits under ZeRO-3, where the draws are not judged.
+            The update's own forward: maps tokens `(B, T)`, their mask `(B, T)` and the number C of the last tokens that
+            count to log-probabilities and entropies `(B, C)`. Takes the place of the logits under ZeRO-3, where the
+            draws are not judged.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class SelfTest:
         pad_token_id: int,
         tolerance: float | None,
         mode: str,
-        score: Callable[[dict[str, torch.Tensor]], tuple[torch.Tensor, torch.Tensor]],
+        score: Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]],
     ) -> None:
         self.accelerator = accelerator
         self.temperature = temperature
@@ -169,14 +170,12 @@ class SelfTest:
         prompt_ids, prompt_mask = self._pad(prompts, "left")  # (B, P), as the update pads them
         completion_ids, mask = self._pad(completions, "right")  # (B, C)
         sampled = torch.tensor([logp for row in reported for logp in row], device=mask.device)  # (N,)
+        input_ids, attended = torch.cat([prompt_ids, completion_ids], 1), torch.cat([prompt_mask, mask], 1)
         if is_deepspeed_zero3_enabled():
             # It expects the modules of a forward in the order of the last one: the update's leaves out the LM head's.
-            batch = {"prompt_ids": prompt_ids, "prompt_mask": prompt_mask.long()}
-            batch |= {"completion_ids": completion_ids, "completion_mask": mask.long()}
             with torch.no_grad():
-                logps, entropies = self.score(batch)  # (B, C)
+                logps, entropies = self.score(input_ids, attended.long(), completion_ids.size(1))  # (B, C)
             return compare_log_probabilities(logps[mask], entropies[mask], sampled)
-        input_ids, attended = torch.cat([prompt_ids, completion_ids], 1), torch.cat([prompt_mask, mask], 1)
         logits = self._logits(model, input_ids, attended, completion_ids.size(1))  # (B, C, V)
         return compare_sampler(logits[mask] / self.temperature, completion_ids[mask], sampled)
 
