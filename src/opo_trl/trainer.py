@@ -16,6 +16,7 @@ from .config import OPOConfig
 from .evaluation.pass_at_k import CorrectCompletions
 from .on_policy.on_policy_checks import OnPolicyChecks
 from .on_policy.preflight import check_arguments, pass_at_k_reward
+from .on_policy.rollout_position import check_rollout_size
 from .rollouts.rounds import Round
 from .rollouts.step_rollouts import StepRollouts
 from .runs.measured_phases import MeasuredPhases
@@ -177,6 +178,9 @@ class OPOTrainer(OnPolicyChecks, StepRollouts, PlannedUpdates, MeasuredPhases, R
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         mode = "train" if self.model.training else "eval"
+        if mode == "train":
+            expected = self.args.per_device_train_batch_size * self.args.steps_per_generation
+            check_rollout_size(self.accelerator, len(inputs), expected)
         sampled = self._sample_step(inputs, self._sample_round)
         batch, rollout = sampled.batch, sampled.rollout
         refills = mode == "train" and self.args.max_refill_rounds > 0

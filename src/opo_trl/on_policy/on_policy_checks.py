@@ -8,7 +8,7 @@ import torch
 from .determinism import disable_dropout
 from .engine_dtype import built_with_dtype, warn_of_other_dtype
 from .preflight import check_loaded_model
-from .rollout_position import check_position, check_rollout_size
+from .rollout_position import check_position
 from .sampler_correction import SamplerCorrection, correct_sampler
 from .sampler_drift import SamplerDriftWarning
 from .sampling_settings import check_generation_config
@@ -89,12 +89,8 @@ class OnPolicyChecks(GRPOTrainer):
             )
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
-        per_step = self.args.steps_per_generation
         if self.model.training:
-            check_position(self.accelerator, self._step, per_step)
-            if self._step % per_step == 0:
-                expected = self.args.per_device_train_batch_size * per_step
-                check_rollout_size(self.accelerator, len(generation_batch), expected)
+            check_position(self.accelerator, self._step, self.args.steps_per_generation)
         inputs: dict[str, Any] = super()._prepare_inputs(generation_batch)
         return inputs
 
