@@ -198,6 +198,16 @@ def test_columns_prompts_and_instruction_can_be_set(tmp_path):
     assert row["solution"] == "4.0"
 
 
+def test_further_columns_can_be_kept(tmp_path):
+    path = write(tmp_path / "rows.jsonl", [{"problem": "2+2", "answer": "4", "level": 3, "subject": None}])
+    row = load_math_dataset(path, keep_columns=["subject", "level", "type"])[0]
+    assert {name: row[name] for name in row if name != "prompt"} == {
+        "solution": "4", "id": "0", "subject": None, "level": 3
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=r"must not name prompt, solution or id, .* got \['id'\]"):
+        load_math_dataset(path, keep_columns=["level", "id"])
+
+
 def test_message_prompts_stay_messages(tmp_path):
     messages = [{"role": "user", "content": "2+2"}]
     path = write(tmp_path / "chat.jsonl", [{"prompt": messages, "solution": "4"}])

@@ -86,6 +86,97 @@ def test_two_processes_one_and_a_killed_run_give_the_same_records(tmp_path):
     assert 0.2 < summary["models"]["tiny_policy"]["arithmetic"]["pass@1"]["mean"] < 0.7
 
 
+@pytest.fixture
+def math_file(tmp_path):
+    """Sums in MATH's columns, a third of them of level 1; one subject is one category too few for a table."""
+    path = tmp_path / "math.jsonl"
+    rows = enumerate(load_arithmetic("train", 12))
+    path.write_text(
+        "".join(
+            json.dumps({"problem": row["problem"], "answer": row["answer"], "level": f"Level {1 + min(number % 3, 1)}",
+                        "subject": "Prealgebra", "topic": f"topic {number}"}) + "\n"
+            for number, row in rows
+        )
+    )  # fmt: skip
+    return str(path)
+
+
+def test_categories(tmp_path, chat_model_dir, math_file):
+    arguments = ["--models", chat_model_dir, "--datasets", math_file, "--num_samples", 2, "--max_new_tokens", 4,
+                 "--backend", "transformers", "--output_dir", tmp_path / "out"]  # fmt: skip
+    summary = run(*arguments)
+    (name,) = summary["models"]
+    (levels,) = summary["categories"]["math"].values()
+    assert {level: found["problems"] for level, found in levels.items()} == {"Level 1": 4, "Level 2": 8}
+    for metric in ("length", "pass@1", "no-answer"):
+        parts = [found["problems"] * found["models"][name][metric]["mean"] for found in levels.values()]
+        assert sum(parts) / 12 == pytest.approx(summary["models"][name]["math"][metric]["mean"])
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert f"pass@1 (%) by level:\n\n| level | problems | {name} |" in table
+    assert "by subject" not in table
+
+    again = run(*arguments, "--category_columns", "subject", "topic")  # of the same records
+    assert list(again["categories"]["math"]) == ["subject", "topic"]
+    assert again["models"] == summary["models"]
+    with pytest.raises(ValueError, match="--category_columns must name columns of a dataset, and none has difficulty"):
+        run(*arguments, "--category_columns", "level", "difficulty")
+
+
+def test_records_of_an_earlier_version_are_read_and_continued(tmp_path, chat_model_dir, math_file):
+    """Without `verdict`, and with the last problems still to be sampled."""
+    arguments = ["--models", chat_model_dir, "--datasets", math_file, "--num_samples", 2, "--max_new_tokens", 4,
+                 "--batch_size", 2, "--backend", "transformers", "--output_dir", tmp_path / "out"]  # fmt: skip
+    summary = run(*arguments)
+    (path,) = (tmp_path / "out" / "records").rglob("*.jsonl")
+    complete = read_records(path)
+    assert {record.pop("verdict") for record in complete} <= {"no answer", "wrong"}
+    path.write_text("".join(json.dumps(record) + "\n" for record in complete[:-6]))
+    continued = run(*arguments)
+    assert continued["models"] == summary["models"]
+    records = read_records(path)
+    assert ["verdict" in record for record in records] == [False] * 18 + [True] * 6
+    assert [record["token_ids"] for record in records] == [record["token_ids"] for record in complete]
+
+
+def test_cut_off_completions_and_those_without_an_answer_are_reported(tmp_path, chat_model_dir, gsm8k, capsys):
+    arguments = ["--models", chat_model_dir, "--datasets", gsm8k, "--num_problems", 4, "--num_samples", 2,
+                 "--backend", "transformers"]  # fmt: skip
+    cut = run(*arguments, "--max_new_tokens", 2, "--output_dir", tmp_path / "cut")
+    printed, table = capsys.readouterr().out, (tmp_path / "cut" / "table.md").read_text()
+    (warning,) = cut["warnings"]
+    assert "of the completions reached max_new_tokens=2 and were cut off" in warning
+    assert f"**Warning:** {warning}" in table
+    assert printed.index("warning: gsm8k, a batch of 8: ") < printed.index("measuring"), "while it samples"
+    assert printed.count("reached max_new_tokens=2") == 2
+
+    (examples,) = (tasks["gsm8k"] for tasks in cut["examples_without_answer"].values())
+    assert len(examples) == 3
+    for example in examples:
+        assert f"problem {example['problem']}, sample {example['sample']}, " in table
+    (path,) = (tmp_path / "cut" / "records").rglob("*.jsonl")
+    texts = {(record["problem"], record["sample"]): record["completion"] for record in read_records(path)}
+    assert all(example["end"] == texts[example["problem"], example["sample"]] for example in examples)
+
+
+def test_the_longest_completion_by_default_fits_the_context(tmp_path, gsm8k, capsys):
+    model, tokenizer = tiny_model(max_position_embeddings=300), tiny_tokenizer(chat_template=CHAT_TEMPLATE)
+    model.save_pretrained(tmp_path / "short")
+    tokenizer.save_pretrained(tmp_path / "short")
+    arguments = ["--models", tmp_path / "short", "--datasets", gsm8k, "--num_problems", 2, "--num_samples", 1,
+                 "--backend", "transformers"]  # fmt: skip
+    prompts = load_problems(gsm8k, "train", instruction=evaluate_math.EvaluationArguments.instruction)["prompt"][:2]
+    longest = max(len(tokenize_prompt(tokenizer, prompt)) for prompt in prompts)
+    chosen = 300 - longest
+    assert 0 < chosen < 300
+    summary = run(*arguments, "--output_dir", tmp_path / "out")
+    assert summary["arguments"]["max_new_tokens"] == chosen
+    assert f"max_new_tokens={chosen}, the default: the context of" in capsys.readouterr().out
+    records = read_records(next((tmp_path / "out" / "records").rglob("*.jsonl")))
+    assert max(len(record["token_ids"]) for record in records) <= chosen
+    with pytest.raises(ValueError, match="A prompt must leave tokens for the completion: the context of"):
+        run(*arguments, "--output_dir", tmp_path / "full", "--system_prompt", "a " * 300)
+
+
 def test_summary_table_and_plots(tmp_path, chat_model_dir, gsm8k):
     output = tmp_path / "out"
     other = tmp_path / "other"
@@ -170,6 +261,8 @@ def test_a_difficulty_filter_from_an_evaluation(tmp_path, gsm8k, capsys):
         (["--backend", "tgi"], "--backend must be one of auto, vllm, transformers, got 'tgi'"),
         (["--num_samples", "1", "2"], r"or one for each, at least 1, got \[1, 2\]"),
         (["--models", "tiny_policy", "tiny_policy"], "--models must differ"),
+        (["--num_problems", "0"], "--num_problems must be at least 1, got 0"),
+        (["--max_new_tokens", "0"], "--max_new_tokens must be at least 1, got 0"),
         (["--datasets", "a:b:c:d"], "must be given as NAME, NAME:SPLIT or NAME:SPLIT:CONFIG, got 'a:b:c:d'"),
     ],
 )

@@ -8,10 +8,12 @@ from collections import Counter
 import pytest
 import torch
 from sacrebleu.metrics.bleu import BLEU
+from scipy.stats import binomtest
 
 from opo_trl.evaluation import (
     average,
     bootstrap_interval,
+    by_category,
     distinct_n,
     majority_at_k,
     mean_pass_at_k,
@@ -62,6 +64,41 @@ def test_the_interval_needs_values():
     with pytest.raises(ValueError, match="got 0 and"):
         bootstrap_interval([])
     assert bootstrap_interval([0.5] * 10) == (0.5, 0.5)
+
+
+@pytest.mark.parametrize(("n", "confidence"), [(1, 0.95), (30, 0.95), (500, 0.9)])
+def test_equal_values_have_the_interval_of_clopper_and_pearson(n, confidence):
+    for solved in (0, n):
+        exact = binomtest(solved, n).proportion_ci(confidence, method="exact")
+        found = bootstrap_interval([float(solved > 0)] * n, confidence, bounds=(0, 1))
+        assert found == pytest.approx((exact.low, exact.high), abs=1e-12)
+    low, high = bootstrap_interval([0.5] * n, confidence, bounds=(0, 1))
+    assert (low + high) / 2 == pytest.approx(0.5)
+    assert low < 0.5 < high
+
+
+@pytest.mark.parametrize("samples", [1, 8])
+def test_the_interval_of_equal_values_covers_whatever_the_samples_of_a_problem_have_in_common(samples):
+    """Problems that are solved always or never, where 8 samples tell no more than 1: 0 of 20 has its nominal chance."""
+    _, high = bootstrap_interval([0.0] * 20, bounds=(0, 1))
+    rng = random.Random(0)
+    trials = [[float(rng.random() < high)] * samples for _ in range(20 * 4_000)]
+    means = [sum(problem) / samples for problem in trials]
+    none = sum(not any(means[i : i + 20]) for i in range(0, len(means), 20)) / 4_000
+    assert none == pytest.approx(0.025, abs=0.006)
+    assert high / 5 > 1 - 0.025 ** (1 / (20 * 8)), "160 independent samples would give a fifth of the width"
+
+
+def test_equal_differences_have_a_width():
+    nothing = paired_difference([0.0] * 30, [0.0] * 30, bounds=(0, 1))
+    _, high = bootstrap_interval([0.0] * 30, bounds=(0, 1))
+    assert nothing == (0.0, pytest.approx(-high), pytest.approx(high))
+    everything = paired_difference([1.0] * 30, [0.0] * 30, bounds=(0, 1))
+    assert everything == (1.0, pytest.approx(1 - 2 * high), 1.0)
+    rounded = paired_difference([0.7, 0.4] * 15, [0.4, 0.1] * 15, bounds=(0, 1))
+    assert rounded.low < 0.29 < 0.31 < rounded.high
+    with pytest.raises(ValueError, match=r"within the bounds \(0, 1\), got 0.0 to 1.5"):
+        bootstrap_interval([0.0, 1.5], bounds=(0, 1))
 
 
 def test_the_interval_against_every_resample():
@@ -309,6 +346,7 @@ def test_metrics_of_records():
     assert metrics["maj@2"] == {"a": 0.5, "b": 0.0}
     assert metrics["length"] == {"a": 2.5, "b": 2.5}
     assert metrics["truncated"] == {"a": 0.5, "b": 0.0}
+    assert metrics["no-answer"] == {"a": 0.0, "b": 0.0}
     assert metrics["entropy"] == {"a": 4 / 5, "b": 2.5 / 5}
     assert metrics["kl_plain"] == {"a": 1 / 5, "b": 0.5 / 5}
     assert metrics["kl_low_variance"] == {"a": 0.5, "b": 0.0}
@@ -320,7 +358,35 @@ def test_metrics_of_records():
 
 
 def test_one_sample_has_no_self_bleu_and_no_vote():
-    assert problem_metrics([record("a", 0, 1.0)]).keys() == {"pass@1", "length", "truncated", "rep-5"}
+    assert problem_metrics([record("a", 0, 1.0)]).keys() == {"pass@1", "length", "truncated", "no-answer", "rep-5"}
+
+
+def test_completions_without_an_answer_are_counted_in_records_with_and_without_a_verdict():
+    records = [
+        record("a", 0, 1.0, verdict="right"),
+        record("a", 1, 0.0, verdict="no answer", answer=None),
+        record("a", 2, 0.0, verdict="no answer", answer=r"\text{}"),  # a box with nothing in it that can be read
+        record("a", 3, None, verdict="unusable solution", answer=" "),
+        record("b", 0, 0.0, answer=None),  # as written before records had a verdict
+        *(record("b", sample, 0.0, answer="5") for sample in (1, 2, 3)),
+    ]
+    assert problem_metrics(records)["no-answer"] == {"a": 0.75, "b": 0.25}
+
+
+def test_a_model_that_solves_nothing_has_an_interval():
+    summary = summarize(problem_metrics([record(str(problem), 0, 0.0) for problem in range(30)]))
+    assert summary["pass@1"]["mean"] == summary["pass@1"]["low"] == 0.0
+    assert summary["pass@1"]["high"] == pytest.approx(1 - 0.025 ** (1 / 30))
+    assert summary["length"]["low"] == summary["length"]["high"] == 2.0, "lengths are not bounded"
+
+
+def test_problems_are_divided_by_category():
+    metrics = problem_metrics([record(problem, 0, float(problem != "b")) for problem in "abcd"])
+    found = by_category(metrics, {"a": "Level 10", "b": "Level 2", "c": "Level 10", "d": "(none)"})
+    assert list(found) == ["(none)", "Level 2", "Level 10"]
+    assert found["Level 10"]["pass@1"] == {"a": 1.0, "c": 1.0}
+    assert found["Level 2"]["pass@1"] == {"b": 0.0}
+    assert all(each.keys() == metrics.keys() for each in found.values())
 
 
 def test_metrics_need_complete_records():

@@ -15,6 +15,9 @@ SOLUTION_COLUMNS = ("answer", "Answer", "solution", "Solution")
 ID_COLUMNS = ("unique_id", "id", "ID", "uuid", "problem_id", "idx")
 OTHER_COLUMNS = ("Body", "reward_model", "question_type")
 
+# Columns that divide problems into categories: MATH, MATH-500, SVAMP, NuminaMath, OpenR1-Math, Big-Math.
+CATEGORY_COLUMNS = ("subject", "type", "Type", "problem_type", "level", "source")
+
 # What NuminaMath and OpenR1-Math write where there is no answer to compare with.
 _NO_ANSWER = {"", "proof", "notfound"}
 

@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ def load_math_dataset(
     solution_column: str | None = None,
     instruction: str | None = INSTRUCTION,
     system_prompt: str | None = None,
+    keep_columns: Sequence[str] = (),
 ) -> Dataset:
     r"""
     Load math problems as message prompts with their final answers.
@@ -62,24 +63,32 @@ def load_math_dataset(
             Line added to each problem. `None` or an empty string adds nothing.
         system_prompt (`str`, *optional*):
             System message put before each problem.
+        keep_columns (`Sequence[str]`, *optional*, defaults to `()`):
+            Further columns to keep as they are, such as `level`, where the dataset has them.
 
     Returns:
         [`~datasets.Dataset`] with `prompt` (a list of messages), `solution` (a string: what follows `####`, or what the
         last box holds, or else the column as text) and `id` (a string: the dataset's own id where it has one that is
-        unique, else the row's number), and no other column.
+        unique, else the row's number), and no other column than those of `keep_columns`.
 
     Raises:
-        ValueError: If a column is missing (with the columns found), no problem with an answer is left, or the file is
-            of another format.
+        ValueError: If a column is missing (with the columns found), no problem with an answer is left, the file is of
+            another format, or `keep_columns` names a column that is written here.
     """
+    if written := {"prompt", "solution", "id"}.intersection(keep_columns):
+        raise ValueError(
+            f"`keep_columns` must not name prompt, solution or id, which are written here, got {sorted(written)}. "
+            "Rename the column in the dataset."
+        )
     empty_file = Path(name_or_path).is_file() and Path(name_or_path).stat().st_size == 0
     dataset = None if empty_file else _load(name_or_path, split, config)
     if not dataset:
         raise ValueError(f"A dataset to train on needs at least one row; {name_or_path!r} has none in split {split!r}.")
     problem_of, answer_of = _readers(dataset, name_or_path, prompt_column, solution_column)
     ids = _ids(dataset)
+    kept = [column for column in keep_columns if column in dataset.column_names]
     # Neither problems nor answers are in the other columns, which may hold long generations.
-    read = {*PROMPT_COLUMNS, *SOLUTION_COLUMNS, *OTHER_COLUMNS, prompt_column, solution_column}
+    read = {*PROMPT_COLUMNS, *SOLUTION_COLUMNS, *OTHER_COLUMNS, prompt_column, solution_column, *kept}
     dataset = dataset.select_columns([column for column in dataset.column_names if column in read])
     rows: list[dict[str, Any]] = []
     seen: set[str] = set()
@@ -100,7 +109,7 @@ def load_math_dataset(
             messages = [{"role": "user", "content": f"{problem}\n{instruction}" if instruction else str(problem)}]
         if system_prompt:
             messages = [{"role": "system", "content": system_prompt}, *messages]
-        rows.append({"prompt": messages, "solution": solution, "id": row_id})
+        rows.append({"prompt": messages, "solution": solution, "id": row_id, **{name: row[name] for name in kept}})
     counts = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
     if not rows:
         raise ValueError(

@@ -5,14 +5,25 @@ from .diversity import distinct_n, repeated_ngram_rate, self_bleu
 from .majority import majority_at_k
 from .pass_at_k import mean_pass_at_k, pass_at_k
 from .policy_shift import sequence_kl
-from .records import Record, average, pass_rates, problem_metrics, summarize
+from .records import (
+    Record,
+    average,
+    by_category,
+    has_answer,
+    pass_rates,
+    problem_metrics,
+    summarize,
+    summarize_differences,
+)
 
 __all__ = [
     "Difference",
     "Record",
     "average",
     "bootstrap_interval",
+    "by_category",
     "distinct_n",
+    "has_answer",
     "majority_at_k",
     "mean_pass_at_k",
     "paired_difference",
@@ -23,4 +34,5 @@ __all__ = [
     "self_bleu",
     "sequence_kl",
     "summarize",
+    "summarize_differences",
 ]

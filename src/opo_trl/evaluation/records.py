@@ -1,18 +1,24 @@
 """What is kept of each sampled completion, and every metric that follows from it."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from math import fsum
 from typing import NotRequired, TypedDict
 
-from .bootstrap import bootstrap_interval
+from .bootstrap import Difference, bootstrap_interval, paired_difference
 from .diversity import distinct_n, repeated_ngram_rate, self_bleu
 from .majority import majority_at_k
 from .pass_at_k import pass_at_k
+
+# Metrics with values between 0 and 1, by the beginning of their names.
+SHARES = ("pass@", "maj@", "truncated", "no-answer", "rep-", "self-bleu", "distinct-")
 
 
 class Record(TypedDict):
     """
     One sampled completion, a line of a records file.
+
+    Files that an earlier version wrote have fewer fields: read those that are not required with `get`.
 
     Args:
         problem (`str`):
@@ -28,9 +34,12 @@ class Record(TypedDict):
         truncated (`bool`):
             Whether it was stopped by the length limit.
         answer (`str`, *optional*):
-            Final answer that the reward read out of it.
+            Final answer that the reward read out of it; `None` if there is none.
         reward (`float`, *optional*):
             1 for correct; `None` where it cannot be scored.
+        verdict (`str`, *optional*):
+            Why it has this reward: `"right"`, `"wrong"`, `"restated"` (a formula copied from the problem),
+            `"no answer"`, `"too long"`, `"too slow"`, `"crashed"`, `"unusable solution"` or `"not graded"`.
         entropy (`float`, *optional*):
             Entropy of the policy, in nats, summed over tokens.
         kl_plain, kl_low_variance (`float`, *optional*):
@@ -45,13 +54,14 @@ class Record(TypedDict):
     truncated: bool
     answer: str | None
     reward: float | None
+    verdict: NotRequired[str]
     entropy: NotRequired[float]
     kl_plain: NotRequired[float]
     kl_low_variance: NotRequired[float]
 
 
 class Estimate(TypedDict):
-    """A mean over problems with its 95 % bootstrap interval."""
+    """A mean over problems with its 95 % interval."""
 
     mean: float
     low: float
@@ -61,6 +71,11 @@ class Estimate(TypedDict):
 def is_correct(record: Record) -> bool:
     """Whether the reward is 1. A completion that could not be scored counts as not correct."""
     return record["reward"] == 1
+
+
+def has_answer(record: Record) -> bool:
+    """Whether the completion has a final answer, right or wrong."""
+    return bool((record["answer"] or "").strip()) and record.get("verdict") != "no answer"
 
 
 def by_problem(records: Sequence[Record]) -> dict[str, list[Record]]:
@@ -87,8 +102,8 @@ def problem_metrics(records: Sequence[Record]) -> dict[str, dict[str, float]]:
     Returns:
         `dict[str, dict[str, float]]`: metric -> problem id -> value. `pass@k` for k = 1, 2, 4, ... up to the number of
         samples, `maj@k` for all samples, `rep-5` and `distinct-2` over token ids, `self-bleu` (both from two samples
-        on), `length` in tokens, `truncated` (share of samples), and, where records hold them, `entropy`, `kl_plain`
-        and `kl_low_variance` in nats per token.
+        on), `length` in tokens, `truncated` and `no-answer` (shares of samples), and, where records hold them,
+        `entropy`, `kl_plain` and `kl_low_variance` in nats per token.
 
     Raises:
         ValueError: If there is no record, or problems have different numbers of samples.
@@ -108,12 +123,48 @@ def problem_metrics(records: Sequence[Record]) -> dict[str, dict[str, float]]:
 
 
 def summarize(metrics: dict[str, dict[str, float]]) -> dict[str, Estimate]:
-    """Mean over problems of each metric, with its bootstrap interval."""
+    """Mean over problems of each metric, with its interval."""
     summary: dict[str, Estimate] = {}
     for name, values in metrics.items():
-        low, high = bootstrap_interval(list(values.values()))
+        low, high = bootstrap_interval(list(values.values()), bounds=_bounds(name))
         summary[name] = {"mean": fsum(values.values()) / len(values), "low": low, "high": high}
     return summary
+
+
+def summarize_differences(
+    metrics: dict[str, dict[str, float]], reference: dict[str, dict[str, float]]
+) -> dict[str, Difference]:
+    """Mean difference of each metric to that of another model on the same problems, with its interval."""
+    return {
+        name: paired_difference(
+            list(values.values()), [reference[name][problem] for problem in values], bounds=_bounds(name)
+        )
+        for name, values in metrics.items()
+    }
+
+
+def by_category(
+    metrics: dict[str, dict[str, float]], categories: Mapping[str, str]
+) -> dict[str, dict[str, dict[str, float]]]:
+    """
+    Divide problems by their category, such as their level.
+
+    Args:
+        metrics (`dict[str, dict[str, float]]`):
+            metric -> problem id -> value, as of [`problem_metrics`].
+        categories (`Mapping[str, str]`):
+            Category of each problem id.
+
+    Returns:
+        `dict[str, dict[str, dict[str, float]]]`: category -> metrics of its problems, sorted by category.
+    """
+    return {
+        category: {
+            name: {problem: value for problem, value in values.items() if categories[problem] == category}
+            for name, values in metrics.items()
+        }
+        for category in sorted(set(categories.values()), key=_natural_order)
+    }
 
 
 def average(metrics: Sequence[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
@@ -146,6 +197,7 @@ def _metrics_of(group: list[Record]) -> dict[str, float]:
         metrics[f"maj@{n}"] = majority_at_k([record["answer"] for record in group], correct, n)
     metrics["length"] = tokens / n
     metrics["truncated"] = sum(record["truncated"] for record in group) / n
+    metrics["no-answer"] = sum(not has_answer(record) for record in group) / n
     metrics["rep-5"] = sum(map(repeated_ngram_rate, responses)) / n
     if n > 1:
         metrics["self-bleu"] = self_bleu([record["completion"] for record in group])
@@ -154,6 +206,15 @@ def _metrics_of(group: list[Record]) -> dict[str, float]:
         if all(name in record for record in group):
             metrics[name] = fsum(record[name] for record in group) / tokens
     return metrics
+
+
+def _bounds(metric: str) -> tuple[float, float] | None:
+    return (0.0, 1.0) if metric.startswith(SHARES) else None
+
+
+def _natural_order(category: str) -> list[tuple[int, str]]:
+    """Level 2 before level 10: numbers in a name are compared as numbers."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", category)]
 
 
 def powers_of_two(largest: int) -> list[int]:

@@ -29,18 +29,19 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
 from datasets import Dataset, disable_progress_bars
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from ..data.layouts import CATEGORY_COLUMNS
 from ..evaluation import Record, average, problem_metrics
 from ..evaluation.diversity import check_self_bleu
 from ..evaluation.records_file import append_records, merge_parts, part_path, read_parts, read_records
@@ -50,12 +51,15 @@ from ..on_policy.preflight import explain_missing_model
 from .devices import describe_choice, why_on_cpu
 from .evaluation_arguments import EvaluationArguments, make_parser
 from .evaluation_report import Metrics, write_report
+from .evaluation_tables import examples_without_answer, truncation_warning
 from .judging import judge, shift
 from .policies import Checkpoint, find_checkpoints, short_name
 from .problems import fit_to_tokenizer, load_problems, parse_dataset
 from .setup_phase import SetupPhase, on_all_ranks
 
 QUICKSTART = Path(__file__).with_name("evaluate_quickstart.yaml")
+_LONGEST_BY_DEFAULT = 4_096  # tokens; ends nearly all answers of instruct models, not those of reasoning models
+_MOST_CATEGORIES = 30  # a column of more values is not one of categories
 
 
 @dataclass(frozen=True)
@@ -63,13 +67,15 @@ class Task:
     """A dataset to measure on."""
 
     label: str
-    problems: Dataset
+    problems: Dataset  # prompt, solution, id
     num_samples: int
+    categories: dict[str, dict[str, str]]  # column -> problem id -> category
 
 
 def load_tasks(args: EvaluationArguments) -> list[Task]:
     """Load every dataset."""
     tasks = []
+    columns = CATEGORY_COLUMNS if args.category_columns is None else args.category_columns
     for specification, num_samples in zip(args.datasets, args.num_samples, strict=True):
         name, split, config = parse_dataset(specification)
         problems = load_problems(
@@ -81,12 +87,31 @@ def load_tasks(args: EvaluationArguments) -> list[Task]:
             instruction=args.instruction,
             system_prompt=args.system_prompt,
             num_arithmetic=args.num_problems or 512,
+            keep_columns=columns,
         )
         if args.num_problems is not None:
             problems = problems.select(range(min(args.num_problems, len(problems))))
         label = Path(name).stem if Path(name).is_file() else short_name(specification)
-        tasks.append(Task(label, problems, num_samples))
+        kept = [column for column in columns if column in problems.column_names]
+        categories = find_categories(problems, kept, all_columns=args.category_columns is not None)
+        tasks.append(Task(label, problems.remove_columns(kept), num_samples, categories))
+    named = {column for task in tasks for column in task.categories}
+    if args.category_columns is not None and (missing := [name for name in columns if name not in named]):
+        raise ValueError(
+            f"--category_columns must name columns of a dataset, and none has {', '.join(missing)}. Leave it out "
+            "for the known columns."
+        )
     return tasks
+
+
+def find_categories(problems: Dataset, columns: Sequence[str], all_columns: bool) -> dict[str, dict[str, str]]:
+    """Category of each problem in each column; unless all columns are asked for, of those with 2 to 30 categories."""
+    found = {}
+    for column in columns:
+        values = ["(none)" if value is None else str(value) for value in problems[column]]
+        if all_columns or 2 <= len(set(values)) <= _MOST_CATEGORIES:
+            found[column] = dict(zip(problems["id"], values, strict=True))
+    return found
 
 
 def complete(
@@ -132,6 +157,12 @@ class Policy:
         self._sampler: Any = None
 
     @property
+    def context(self) -> int | None:
+        """The longest sequence that the model's config allows; `None` if it does not name one."""
+        config = AutoConfig.from_pretrained(self.checkpoint.base).get_text_config()
+        return getattr(config, "max_position_embeddings", None)
+
+    @property
     def model(self) -> Any:
         if self._model is None:
             self._model = AutoModelForCausalLM.from_pretrained(self.checkpoint.base, dtype=self.args.dtype)
@@ -171,12 +202,19 @@ def sample_task(policy: Policy, task: Task, args: EvaluationArguments, state: Pa
     # Prompts of similar lengths share a batch, the longest first, as they take longest.
     order = sorted(range(len(ids)), key=lambda number: (-len(prompts[number]), number))
     rows = [(number, sample) for number in order for sample in range(task.num_samples)]
+    warned = False
 
     def work(unit: list[tuple[int, int]]) -> list[Record]:
+        nonlocal warned
         seeds = [record_seed(args.seed, task.label, ids[number], sample) for number, sample in unit]
         sampler = policy.sampler  # loads the model
         setup.end()
         completions = sampler.sample([prompts[number] for number, _ in unit], seeds)
+        share = sum(completion.truncated for completion in completions) / len(completions)
+        # A run of hours should not end before this is known.
+        if not warned and (warning := truncation_warning(share, cast(int, args.max_new_tokens))):
+            state.print(f"  warning: {task.label}, a batch of {len(completions)}: {warning}")
+            warned = True
         return judge([(problems[number], sample) for number, sample in unit], completions)
 
     path = records_path(args, policy.checkpoint, task)
@@ -248,6 +286,38 @@ def claim_gpu(state: PartialState) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[index] if visible else str(index)
 
 
+def choose_max_new_tokens(
+    policies: Sequence[Policy], tasks: Sequence[Task], given: int | None
+) -> tuple[int, str | None]:
+    """
+    Find the longest completion, the same for all models, and what to print about it.
+
+    Raises:
+        ValueError: If a prompt fills the context of a model and no length is given.
+    """
+    context, model = min(
+        ((policy.context, policy.checkpoint.label) for policy in policies if policy.context is not None),
+        default=(None, ""),
+    )
+    if context is None:
+        chosen = given or _LONGEST_BY_DEFAULT
+        return chosen, None if given else f"max_new_tokens={chosen}, the default."
+    longest = max(_longest_prompt(policy, task) for policy in policies for task in tasks)
+    left = context - longest
+    why = f"the context of {model} is {context} tokens and the longest prompt {longest}"
+    if given is not None:
+        return given, f"warning: max_new_tokens={given} does not fit: {why}." if given > left else None
+    if left < 1:
+        raise ValueError(f"A prompt must leave tokens for the completion: {why}. Use a model with a longer context.")
+    chosen = min(_LONGEST_BY_DEFAULT, left)
+    return chosen, f"max_new_tokens={chosen}, the default: {why}."
+
+
+def _longest_prompt(policy: Policy, task: Task) -> int:
+    problems = fit_to_tokenizer(task.problems, policy.tokenizer)
+    return max(len(tokenize_prompt(policy.tokenizer, prompt)) for prompt in problems["prompt"])
+
+
 def check_names(what: str, names: Sequence[str], given: Sequence[str]) -> None:
     """Names become folders and rows of a table, so that no two may be the same."""
     if len(set(names)) != len(given):
@@ -272,30 +342,49 @@ def sample_all(
         torch.cuda.empty_cache()
 
 
+@dataclass
+class Measured:
+    """
+    What records say.
+
+    Args:
+        metrics (`dict`):
+            method -> checkpoint -> dataset -> metrics, on the main process.
+        examples (`dict`):
+            method -> dataset -> completions without an answer, of the method's last checkpoint.
+        unscorable (`int`):
+            How many completions have no reward.
+    """
+
+    metrics: dict[str, dict[str, dict[str, Metrics]]] = field(default_factory=dict)
+    examples: dict[str, dict[str, list[dict[str, Any]]]] = field(default_factory=dict)
+    unscorable: int = 0
+
+
 def measure_all(
     methods: dict[str, list[Checkpoint]],
     base: Policy | None,
     tasks: list[Task],
     args: EvaluationArguments,
     state: PartialState,
-) -> tuple[dict[str, dict[str, dict[str, Metrics]]], int]:
-    """Metrics by method, checkpoint and dataset (on the main process), and how many completions have no reward."""
-    metrics: dict[str, dict[str, dict[str, Metrics]]] = {}
-    unscorable = 0
+) -> Measured:
+    """Compute the metrics of every checkpoint on every dataset."""
+    measured = Measured()
     for method, checkpoints in methods.items():
-        metrics[method] = {}
+        measured.metrics[method], measured.examples[method] = {}, {}
         for checkpoint in checkpoints:
             state.print(f"measuring {checkpoint.label}")
             policy = Policy(checkpoint, args, state.device)
-            found = metrics[method][checkpoint.label] = {}
+            found = measured.metrics[method][checkpoint.label] = {}
             for task in tasks:
                 records = read_records(records_path(args, checkpoint, task))
-                unscorable += sum(record["reward"] is None for record in records)
+                measured.unscorable += sum(record["reward"] is None for record in records)
+                measured.examples[method][task.label] = examples_without_answer(records)
                 if base is not None:
                     records = score_task(policy, base, task, records, args, state)
                 if state.is_main_process:
                     found[task.label] = problem_metrics(records)
-    return metrics, unscorable
+    return measured
 
 
 def load_inputs(
@@ -308,9 +397,11 @@ def load_inputs(
     tasks = load_tasks(args)
     check_names("models", list(methods), args.models)
     check_names("datasets", [task.label for task in tasks], args.datasets)
-    for checkpoints in methods.values():
-        for checkpoint in checkpoints:
-            Policy(checkpoint, args, state.device)
+    policies = [Policy(one, args, state.device) for checkpoints in methods.values() for one in checkpoints]
+    limit, reason = choose_max_new_tokens(policies, tasks, args.max_new_tokens)
+    if reason is not None:
+        state.print(reason)
+    args.max_new_tokens = limit
     base = None
     if args.base_model is not None:
         (base_checkpoint,) = find_checkpoints(args.base_model, last=0)
@@ -339,20 +430,22 @@ def main(arguments: list[str] | None = None, setup: SetupPhase | None = None) ->
         [checkpoint for checkpoints in methods.values() for checkpoint in checkpoints], tasks, args, state, setup
     )
     setup.end()
-    metrics, unscorable = measure_all(methods, base, tasks, args, state)
+    measured = measure_all(methods, base, tasks, args, state)
     if not state.is_main_process:
         return None
     return write_report(
         Path(args.output_dir),
         {
             method: {task.label: average([one[task.label] for one in each.values()]) for task in tasks}
-            for method, each in metrics.items()
+            for method, each in measured.metrics.items()
         },
-        {method: each for method, each in metrics.items() if len(each) > 1},
+        {method: each for method, each in measured.metrics.items() if len(each) > 1},
+        {task.label: task.categories for task in tasks},
+        examples_without_answer=measured.examples,
         arguments=asdict(args),
         problems={task.label: len(task.problems) for task in tasks},
         processes=state.num_processes,
-        unscorable=unscorable,
+        unscorable=measured.unscorable,
         seconds=round(time.perf_counter() - start, 1),
     )
 

@@ -28,10 +28,15 @@ class EvaluationArguments:
             Completions per problem: one number for all datasets, or one for each.
         temperature (`float`, *optional*, defaults to `0.6`):
             Sampling temperature, above 0. No tail is cut off (top-p 1).
-        max_new_tokens (`int`, *optional*, defaults to `32768`):
-            Longest completion, in tokens.
+        max_new_tokens (`int`, *optional*):
+            Longest completion, in tokens. By default 4096, or what the context of every model leaves after the longest
+            prompt, if that is less.
         num_problems (`int`, *optional*):
-            Use only the first so many problems of each dataset.
+            Use only the first so many problems of each dataset, in its order; for `arithmetic`, how many are generated
+            (512 by default). By default all problems are used.
+        category_columns (`list[str]`, *optional*):
+            Columns for tables per category. By default those of `subject`, `type`, `problem_type`, `level` and `source`
+            that a dataset has, with 2 to 30 values.
         last_checkpoints (`int`, *optional*, defaults to `0`):
             Measure the last so many `checkpoint-*` of a training directory and average them; `0` takes its final model.
         batch_size (`int`, *optional*, defaults to `64`):
@@ -54,8 +59,15 @@ class EvaluationArguments:
     base_model: str | None = field(default=None, metadata={"help": "Starting policy, for entropy and KL."})
     num_samples: list[int] = field(default_factory=lambda: [8], metadata={"help": "Completions per problem."})
     temperature: float = field(default=0.6, metadata={"help": "Sampling temperature."})
-    max_new_tokens: int = field(default=32_768, metadata={"help": "Longest completion, in tokens."})
-    num_problems: int | None = field(default=None, metadata={"help": "Use only the first so many problems."})
+    max_new_tokens: int | None = field(
+        default=None, metadata={"help": "Longest completion, in tokens; by default 4096, or what the context leaves."}
+    )
+    num_problems: int | None = field(
+        default=None, metadata={"help": "Use only the first so many problems of each dataset."}
+    )
+    category_columns: list[str] | None = field(
+        default=None, metadata={"help": "Columns for tables per category, such as level."}
+    )
     last_checkpoints: int = field(default=0, metadata={"help": "Average the last so many checkpoints of a run."})
     batch_size: int = field(default=64, metadata={"help": "Completions sampled at a time by one process."})
     scoring_batch_size: int = field(default=16, metadata={"help": "Completions at a time for entropy and KL."})
@@ -77,6 +89,10 @@ class EvaluationArguments:
             )
         if self.temperature <= 0:
             raise ValueError(f"--temperature must be above 0, got {self.temperature}.")
+        for name in ("max_new_tokens", "num_problems"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} must be at least 1, got {value}. Leave it out for the default.")
         if self.backend not in BACKENDS:
             raise ValueError(f"--backend must be one of {', '.join(BACKENDS)}, got {self.backend!r}.")
 

@@ -6,19 +6,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..evaluation import paired_difference, summarize
+from ..evaluation import by_category, summarize, summarize_differences
+from .evaluation_tables import TITLES, example_section, find_warnings, tables
 from .reporting import commit
 
 Metrics = dict[str, dict[str, float]]  # metric -> problem -> value
 
-PERCENT = ("pass@", "maj@", "rep-", "self-bleu", "distinct-", "truncated")
-TITLES = {
-    "rep-5": "Rep-5",
-    "self-bleu": "Self-BLEU",
-    "distinct-2": "Distinct-2",
-    "kl_plain": "KL (plain)",
-    "kl_low_variance": "KL (low variance)",
-}
 COLORS = ("#1f5c99", "#b3441e", "#4a8c3f", "#7a4f9e", "#c79a2b", "#5b6770")
 
 
@@ -26,6 +19,7 @@ def write_report(
     output_dir: Path,
     methods: dict[str, dict[str, Metrics]],
     checkpoints: dict[str, dict[str, dict[str, Metrics]]],
+    categories: dict[str, dict[str, dict[str, str]]],
     **run: Any,
 ) -> dict[str, Any]:
     """
@@ -38,6 +32,8 @@ def write_report(
             method -> dataset -> metrics; the first method is the one that others are compared with.
         checkpoints (`dict`):
             method -> checkpoint -> dataset -> metrics, of methods that are means of several checkpoints.
+        categories (`dict`):
+            dataset -> column -> problem id -> category.
         **run:
             Facts of the run for the summary.
 
@@ -51,20 +47,28 @@ def write_report(
             method: {task: summarize(found) for task, found in tasks.items()} for method, tasks in methods.items()
         },
         f"difference_to_{reference}": {
-            method: {task: _differences(methods[method][task], found) for task, found in methods[reference].items()}
+            method: {
+                task: {
+                    name: difference._asdict()
+                    for name, difference in summarize_differences(methods[method][task], found).items()
+                }
+                for task, found in methods[reference].items()
+            }
             for method in others
         },
         "checkpoints": {
             method: {one: {task: summarize(found) for task, found in tasks.items()} for one, tasks in each.items()}
             for method, each in checkpoints.items()
         },
+        "categories": _by_category(methods, categories),
         **run,
         "commit": commit(),
         "versions": {name: version(name) for name in ("opo-trl", "trl", "transformers", "torch", *sacrebleu)},
     }
+    summary["warnings"] = find_warnings(summary)
     (output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    table = _tables(summary, reference)
-    (output_dir / "table.md").write_text(table)
+    table, examples = tables(summary, reference), example_section(summary)
+    (output_dir / "table.md").write_text("\n".join(part for part in (table, examples) if part))
     print(table)
     names = "summary.json and table.md"
     if _draw(output_dir, summary):
@@ -73,46 +77,23 @@ def write_report(
     return summary
 
 
-def _differences(metrics: Metrics, reference: Metrics) -> dict[str, dict[str, float]]:
-    return {
-        name: paired_difference(list(values.values()), [reference[name][problem] for problem in values])._asdict()
-        for name, values in metrics.items()
-    }
-
-
-def _tables(summary: dict[str, Any], reference: str) -> str:
-    """One table of values and one of differences per dataset."""
-    lines = []
-    for task, size in summary["problems"].items():
-        lines += [f"## {task}", "", f"{size} problems; 95 % bootstrap intervals over problems.", ""]
-        lines += _table({method: tasks[task] for method, tasks in summary["models"].items()})
-        differences = summary[f"difference_to_{reference}"]
-        if differences:
-            lines += [f"Difference to {reference}, paired by problem; bold where the interval leaves 0 out:", ""]
-            lines += _table({method: tasks[task] for method, tasks in differences.items()}, mark=True)
-    if summary["unscorable"]:
-        lines += [f"{summary['unscorable']} completions could not be scored and count as not correct.", ""]
-    return "\n".join(lines)
-
-
-def _table(rows: dict[str, dict[str, Any]], mark: bool = False) -> list[str]:
-    names = list(next(iter(rows.values())))
-    headings = [
-        f"{TITLES.get(name, name)} (%)" if name.startswith(PERCENT) else TITLES.get(name, name) for name in names
-    ]
-    lines = [f"| model | {' | '.join(headings)} |", f"|---|{'---|' * len(names)}"]
-    for method, estimates in rows.items():
-        lines.append(f"| {method} | {' | '.join(_cell(name, estimates[name], mark) for name in names)} |")
-    return [*lines, ""]
-
-
-def _cell(name: str, estimate: dict[str, float], mark: bool) -> str:
-    scale, digits = (100, 1) if name.startswith(PERCENT) else (1, 1 if name == "length" else 4)
-    sign = "+" if mark else ""
-    mean, low, high = (f"{scale * estimate[part]:{sign}.{digits}f}" for part in ("mean", "low", "high"))
-    if mark and (estimate["low"] > 0 or estimate["high"] < 0):
-        mean = f"**{mean}**"
-    return f"{mean} ({low} to {high})"
+def _by_category(
+    methods: dict[str, dict[str, Metrics]], categories: dict[str, dict[str, dict[str, str]]]
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """dataset -> column -> category -> its number of problems, and the summary of each method."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for task, columns in categories.items():
+        found[task] = {}
+        for column, of_problem in columns.items():
+            of_methods = {method: by_category(tasks[task], of_problem) for method, tasks in methods.items()}
+            found[task][column] = {
+                category: {
+                    "problems": len(metrics["pass@1"]),
+                    "models": {method: summarize(each[category]) for method, each in of_methods.items()},
+                }
+                for category, metrics in next(iter(of_methods.values())).items()
+            }
+    return found
 
 
 def _draw(output_dir: Path, summary: dict[str, Any]) -> bool:

@@ -39,9 +39,10 @@ def judge(samples: Sequence[tuple[Mapping[str, Any], int]], completions: Sequenc
             "truncated": completion.truncated,
             "answer": answer,
             "reward": reward,
+            "verdict": verdict,
         }
-        for (problem, sample), completion, answer, reward in zip(
-            samples, completions, noted["answer"], rewards, strict=True
+        for (problem, sample), completion, answer, reward, verdict in zip(
+            samples, completions, noted["answer"], rewards, noted["verdict"], strict=True
         )
     ]
 

@@ -1,5 +1,6 @@
 """The problems that a command line names: any math dataset, or the generated arithmetic of the quickstart."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from datasets import Dataset
@@ -20,8 +21,9 @@ def load_problems(
     instruction: str | None = None,
     system_prompt: str | None = None,
     num_arithmetic: int = 512,
+    keep_columns: Sequence[str] = (),
 ) -> Dataset:
-    """Load a dataset's problems: columns `prompt`, `solution` and `id`."""
+    """Load a dataset's problems: columns `prompt`, `solution` and `id`, and those to keep that it has."""
     if name == EMBEDDED_DATASET:
         rows = load_arithmetic(split, num_arithmetic).remove_columns("steps")
         rows = rows.rename_columns({"problem": "prompt", "answer": "solution"})
@@ -34,6 +36,7 @@ def load_problems(
         solution_column=solution_column,
         instruction=instruction,
         system_prompt=system_prompt,
+        keep_columns=keep_columns,
     )
 
 

@@ -62,7 +62,7 @@ def _number(value: Any, digits: int = 4) -> str:
 def measure(
     model_path: str, problems: Dataset, *, num_samples: int, max_new_tokens: int, temperature: float, seed: int
 ) -> dict[str, Any]:
-    """Load a saved policy and measure its pass@1 on `problems`, with a 95 % bootstrap interval over problems."""
+    """Load a saved policy and measure its pass@1 on `problems`, with a 95 % interval over problems."""
     tokenizer = AutoTokenizer.from_pretrained(model_path, padding_side="left")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -83,7 +83,7 @@ def measure(
     solved = list(pass_rates(records).values())
     return {
         "pass@1": sum(solved) / len(solved),
-        "interval": bootstrap_interval(solved),
+        "interval": bootstrap_interval(solved, bounds=(0.0, 1.0)),
         "mean_length": sum(len(record["token_ids"]) for record in records) / len(records),
     }
 
