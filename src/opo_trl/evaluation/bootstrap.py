@@ -32,8 +32,8 @@ def bootstrap_interval(
 
     Where all values are equal, as where no problem is solved, all resamples are equal, and the bootstrap interval has
     no width. With `bounds` the interval is then exact, where n is the number of *problems*: Clopper-Pearson's interval
-    for 0 of n, or n of n. The samples of one problem count once, since they are not independent: a value may be a mean over
-    any number of samples.
+    for 0 of n, or n of n. The samples of one problem count once, since they are not independent: a value may be a mean
+    over any number of samples.
 
     Args:
         values (`Sequence[float]`):

@@ -134,7 +134,18 @@ def summarize(metrics: dict[str, dict[str, float]]) -> dict[str, Estimate]:
 def summarize_differences(
     metrics: dict[str, dict[str, float]], reference: dict[str, dict[str, float]]
 ) -> dict[str, Difference]:
-    """Mean difference of each metric to that of another model on the same problems, with its interval."""
+    """
+    Mean difference of each metric to that of another model on the same problems, with its interval.
+
+    Args:
+        metrics (`dict[str, dict[str, float]]`):
+            metric -> problem id -> value, as of [`problem_metrics`].
+        reference (`dict[str, dict[str, float]]`):
+            The other model's.
+
+    Returns:
+        `dict[str, Difference]`: One for each metric.
+    """
     return {
         name: paired_difference(
             list(values.values()), [reference[name][problem] for problem in values], bounds=_bounds(name)
