@@ -11,7 +11,7 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = ("pyproject.toml", "README.md", "mkdocs.yml", "CITATION.cff")
+FILES = ("pyproject.toml", "README.md", "mkdocs.yml", "CITATION.cff", "docs/install.md")
 
 
 def repository(root: Path) -> str:

@@ -50,6 +50,18 @@ def test_dependencies_have_a_floor_and_the_tested_versions_are_among_them():
         assert tested[canonicalize_name(requirement.name)] in requirement.specifier
 
 
+def test_no_page_or_message_installs_from_the_package_index():
+    """Where the package is not yet, so that the name could be anybody's. To be deleted with the first release."""
+    files = [*ROOT.glob("*.md"), *(path for top in ("docs", "src", "examples") for path in (ROOT / top).rglob("*.*"))]
+    texts = {path: path.read_text() for path in files if path.suffix in (".md", ".py", ".yaml")}
+    assert len(texts) > 100
+    installs = re.compile(r"(?:pip3?|uv) (?:add|install)\b(?:[^\n`]*\s)?['\"]?opo[-_]trl\b")
+    allowed = ROOT / "docs" / "maintaining.md"  # which names this test
+    assert [path for path, text in texts.items() if installs.search(text) and path != allowed] == []
+    assert installs.search("pip install -U 'opo-trl[plot]'")
+    assert not installs.search("pip install git+https://example.org/me/opo-trl")
+
+
 def test_what_is_imported_is_declared():
     required = {canonicalize_name(requirement.name) for requirement in REQUIREMENTS}
     by_extras = {canonicalize_name(requirement.name) for requirement in EXTRAS}

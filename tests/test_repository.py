@@ -100,6 +100,7 @@ def script():
 @pytest.fixture
 def copy_of_the_files(script, tmp_path):
     for name in script.FILES:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     return tmp_path
 

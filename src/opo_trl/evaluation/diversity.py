@@ -15,8 +15,8 @@ def check_self_bleu() -> None:
         import sacrebleu  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            "Self-BLEU needs the package sacrebleu, which is not installed. Install the extra that brings it: "
-            "pip install 'opo-trl[evaluate]'."
+            "Self-BLEU needs the package sacrebleu, which is not installed. Install it, or the extra "
+            "`evaluate`: pip install sacrebleu."
         ) from error
 
 

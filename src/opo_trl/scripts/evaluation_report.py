@@ -101,7 +101,7 @@ def _draw(output_dir: Path, summary: dict[str, Any]) -> bool:
     try:
         import matplotlib
     except ImportError:
-        print("No plots: matplotlib is not installed (pip install 'opo-trl[plot]').")
+        print("No plots: matplotlib is not installed (pip install matplotlib).")
         return False
     matplotlib.use("Agg")
     _draw_pass_at_k(output_dir / "pass_at_k.png", summary)

@@ -125,7 +125,7 @@ def plot_curves(path: Path, history: Sequence[dict[str, Any]], before: dict[str,
     try:
         import matplotlib
     except ImportError:
-        print(f"{path.name} not drawn: matplotlib is not installed (pip install 'opo-trl[plot]').")
+        print(f"{path.name} not drawn: matplotlib is not installed (pip install matplotlib).")
         return
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
