@@ -61,7 +61,7 @@ from opo_trl.evaluation.sampling import tokenize_prompt
 from opo_trl.rewards import math_verify_reward
 from opo_trl.scripts.policies import EMBEDDED_MODEL, model_path
 from opo_trl.scripts.problems import fit_to_tokenizer, load_problems, parse_dataset
-from variance_report import page_tables, plot
+from variance_report import page_tables, plot, plot_norms
 
 GROUP_SIZES = (2, 4, 8, 16)
 PARTITIONS = 64  # random partitions into groups of K; each gives an unbiased variance, their mean varies less
@@ -372,7 +372,8 @@ def main() -> None:
         raise SystemExit(len(apart) > 0.01 * count)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(report, indent=1) + "\n")
-    plot(policies, completions, args.output.with_suffix(".png"))
+    plot(policies, args.output.with_suffix(".png"))
+    plot_norms(policies, completions, args.output.with_name(f"{args.output.stem}_norms.png"))
     print(f"written to {args.output} and {args.output.with_suffix('.png').name}")
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+import figures
 from measuring import markdown_table
 
 TITLES = {
@@ -86,51 +87,47 @@ def _cell(name: str, found: dict[str, Any], part: str) -> str:
     return f"{f'**{mean}**' if outside else mean} ({low} to {high})"
 
 
-COLORS = {
-    "opo": "#1f5c99",
-    "opo_mean": "#4a8c3f",
-    "grpo": "#b3441e",
-    "grpo_no_std": "#c79a2b",
-    "grpo_off": "#7a4f9e",
-    "opo_uncertainty": "#1aa0a0",
-}
+COLOR_OF = {"grpo_off": "grpo_2_steps"}
 
 
 def plot(variants: dict[str, Any], path: Path) -> None:
     """Training curves, the sweep, and the final metrics with their intervals."""
-    import matplotlib
+    from matplotlib.lines import Line2D
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(2, 4, figsize=(15, 6.2), layout="constrained")
-    for variant, found in variants.items():
-        for axis, name in zip(axes[0], ("reward", "length"), strict=False):
-            curve = torch.tensor(found["curves"][name])
-            smooth = curve.unfold(0, 10, 1).mean(dim=1)
-            axis.plot(range(5, 5 + len(smooth)), smooth, color=COLORS[variant], label=TITLES[variant], lw=1.4)
-        rates = [float(rate) for rate in found["sweep"]]
-        scores = [statistics.fmean(each) for each in found["sweep"].values()]
-        axes[0][2].plot(rates, scores, color=COLORS[variant], marker="o", ms=3, lw=1.2)
-        axes[0][2].plot(found["learning_rate"], max(scores), color=COLORS[variant], marker="*", ms=11)
-    axes[0][0].set_title("training reward (mean of 10 batches)", fontsize=10, loc="left")
-    axes[0][1].set_title("completion length in training (tokens)", fontsize=10, loc="left")
-    axes[0][2].set_title("validation pass@1 by learning rate", fontsize=10, loc="left")
-    axes[0][2].set_xscale("log")
-    for axis in axes[0][:2]:
-        axis.set_xlabel("rollout batch")
-    axes[0][0].legend(fontsize=7)
-    panels = ["pass@1", "pass@8", "length", "entropy", "kl_plain"]
-    for axis, name in zip([axes[0][3], *axes[1]], panels, strict=True):
-        for place, (variant, found) in enumerate(variants.items()):
-            each, scale = found["over_seeds"][name], (100 if name in PERCENT else 1)
-            error = [[scale * (each["mean"] - each["low"])], [scale * (each["high"] - each["mean"])]]
-            axis.errorbar(scale * each["mean"], -place, xerr=error, fmt="o", capsize=3, color=COLORS[variant])
-            seeds = [scale * value for value in found["each_seed"][name]]
-            axis.plot(seeds, [-place - 0.25] * len(seeds), "|", color=COLORS[variant], alpha=0.5)
-        axis.set_yticks([-i for i in range(len(variants))], [TITLES[variant] for variant in variants], fontsize=7)
-        axis.set_title(f"test {COLUMNS[name]}", fontsize=10, loc="left")
-    for axis in axes.flat:
-        axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    colors = {variant: figures.COLORS[COLOR_OF.get(variant, variant)] for variant in variants}
+    with figures.figure(path, height=6.6) as drawn:
+        above, below = drawn.subfigures(2, 1)
+        curves, forests = above.subplots(1, 3), below.subplots(1, 4, sharey=True)
+        for variant, found in variants.items():
+            for axis, name in zip(curves, ("reward", "length"), strict=False):
+                scale = 100 if name in PERCENT else 1
+                smooth = scale * torch.tensor(found["curves"][name]).unfold(0, 10, 1).mean(dim=1)
+                axis.plot(range(5, 5 + len(smooth)), smooth, color=colors[variant])
+            rates = [float(rate) for rate in found["sweep"]]
+            scores = [100 * statistics.fmean(each) for each in found["sweep"].values()]
+            curves[2].plot(rates, scores, color=colors[variant], marker="o", ms=3)
+            curves[2].plot(found["learning_rate"], max(scores), color=colors[variant], marker="*", ms=11)
+        curves[0].set(title="training reward (%)", xlabel="rollout batch")
+        curves[1].set(title="length in training (tokens)", xlabel="rollout batch")
+        curves[2].set(title="validation pass@1 (%)", xlabel="learning rate", xscale="log")
+        swept = sorted({float(rate) for found in variants.values() for rate in found["sweep"]})
+        curves[2].set_xticks(swept, [f"{rate:.0e}".replace("e-0", "e-") for rate in swept])
+        curves[2].minorticks_off()
+        titles = {"pass@1": "pass@1 (%)", "pass@8": "pass@8 (%)", "entropy": "entropy (nats)", "kl_plain": "KL (nats)"}
+        for axis, (name, title) in zip(forests, titles.items(), strict=True):
+            for place, (variant, found) in enumerate(variants.items()):
+                each, scale = found["over_seeds"][name], (100 if name in PERCENT else 1)
+                error = [[scale * (each["mean"] - each["low"])], [scale * (each["high"] - each["mean"])]]
+                axis.errorbar(scale * each["mean"], -place, xerr=error, fmt="o", capsize=3, color=colors[variant])
+                seeds = [scale * value for value in found["each_seed"][name]]
+                axis.plot(seeds, [-place - 0.3] * len(seeds), "|", color=colors[variant], alpha=0.6)
+            axis.set_title(f"test {title}")
+            axis.locator_params(axis="x", nbins=3)
+        forests[0].set_yticks([-place for place in range(len(variants))], [TITLES[variant] for variant in variants])
+        lines = [
+            *(Line2D([], [], color=color, label=TITLES[variant]) for variant, color in colors.items()),
+            Line2D([], [], color=figures.GREY, ls="", marker="*", ms=11, label="selected learning rate"),
+            Line2D([], [], color=figures.GREY, marker="o", label="mean and 95 % interval"),
+            Line2D([], [], color=figures.GREY, ls="", marker="|", label="one seed"),
+        ]
+        drawn.legend(handles=lines, loc="outside upper center", ncols=3)

@@ -7,6 +7,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from figures import COLORS, GREY, figure
 from measuring import markdown_table
 
 TITLES = {
@@ -191,56 +192,48 @@ def _number(value: float | None, digits: int, scale: float = 1) -> str:
     return "" if value is None else f"{scale * value:.{digits}f}"
 
 
-# Okabe and Ito's vermillion for OPO; for GRPO shades of blue, darker with more steps. Markers differ as well.
 STYLES: dict[str, dict[str, Any]] = {
-    "opo-1": {"color": "#d55e00", "marker": "o", "lw": 2.4, "zorder": 4},
-    "grpo-1": {"color": "#8fc1e3", "marker": "s"},
-    "grpo-2": {"color": "#4a95cc", "marker": "^"},
-    "grpo-4": {"color": "#1f659e", "marker": "D"},
-    "grpo-8": {"color": "#0b2f52", "marker": "v"},
-    "grpo_no_std-1": {"color": "#009e73", "marker": "P", "ls": "--"},
-    "grpo_fresh-4": {"color": "#a0568c", "marker": "X", "ls": "--"},
+    "opo-1": {"color": COLORS["opo"], "marker": "o", "lw": 2.4, "zorder": 4},
+    "grpo-1": {"color": COLORS["grpo"], "marker": "s"},
+    "grpo-2": {"color": COLORS["grpo_2_steps"], "marker": "^"},
+    "grpo-4": {"color": COLORS["grpo_4_steps"], "marker": "D"},
+    "grpo-8": {"color": COLORS["grpo_8_steps"], "marker": "v"},
+    "grpo_no_std-1": {"color": COLORS["grpo_no_std"], "marker": "P", "ls": "--"},
+    "grpo_fresh-4": {"color": COLORS["grpo_fresh"], "marker": "X", "ls": "--"},
 }
 
 
 def plot(report: Mapping[str, Any], path: Path) -> None:
     """Final pass@1 by learning rate with the spread over seeds and collapsed runs, and the entropy at the end."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
     from matplotlib.lines import Line2D
 
-    figure, (upper, lower) = plt.subplots(2, 1, figsize=(7.2, 7.6), layout="constrained", sharex=True, facecolor="w")
-    for place, (name, row) in enumerate(report["rows"].items()):
-        # shifted sideways, so that the error bars of the rows do not overlap
-        x = [float(rate) * 1.025 ** (place - (len(report["rows"]) - 1) / 2) for rate in row["cells"]]
-        style = {"ms": 5, "lw": 1.6, "capsize": 2, "elinewidth": 1, "label": TITLES[name], **STYLES[name]}
-        upper.errorbar(x, *_means_and_spread(row, "pass@1", 100), **style)
-        lower.errorbar(x, *_means_and_spread(row, "entropy", 1), **style)
-        for at, cell in zip(x, row["cells"].values(), strict=True):
-            fallen = [100 * score for score, lost in zip(cell["pass@1"], cell["collapsed"], strict=True) if lost]
-            upper.plot([at] * len(fallen), fallen, "x", color="black", ms=5, mew=1.1, zorder=5)
-    grey = {"color": "#555555", "lw": 1}
-    upper.axhline(100 * report["threshold"], ls="--", **grey)
-    upper.axhline(100 * report["start"]["pass@1"], ls=":", **grey)
-    lower.axhline(report["start"]["entropy"], ls=":", **grey)
-    rates = sorted({float(rate) for row in report["rows"].values() for rate in row["cells"]})
-    lower.set(xscale="log", xlabel="learning rate", ylabel="entropy at the end (nats per token)")
-    lower.set_xticks(rates, [_rate(rate) for rate in rates])
-    lower.minorticks_off()
-    upper.set(ylabel="final pass@1, held-out problems (%)")
-    lines = [
-        *upper.get_legend_handles_labels()[0],
-        Line2D([], [], ls="--", label="works: 90 % of the best cell", **grey),
-        Line2D([], [], ls=":", label="starting policy", **grey),
-        Line2D([], [], ls="", color="black", marker="x", label="collapsed run"),
-    ]
-    figure.legend(handles=lines, loc="outside upper center", ncols=3, fontsize=8.5, frameon=False)
-    for axis in (upper, lower):
-        axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    with figure(path, height=7.6) as drawn:
+        upper, lower = drawn.subplots(2, 1, sharex=True)
+        for place, (name, row) in enumerate(report["rows"].items()):
+            # shifted sideways, so that the error bars of the rows do not overlap
+            x = [float(rate) * 1.025 ** (place - (len(report["rows"]) - 1) / 2) for rate in row["cells"]]
+            style = {"ms": 5, "lw": 1.6, "capsize": 2, "elinewidth": 1, "label": TITLES[name], **STYLES[name]}
+            upper.errorbar(x, *_means_and_spread(row, "pass@1", 100), **style)
+            lower.errorbar(x, *_means_and_spread(row, "entropy", 1), **style)
+            for at, cell in zip(x, row["cells"].values(), strict=True):
+                fallen = [100 * score for score, lost in zip(cell["pass@1"], cell["collapsed"], strict=True) if lost]
+                upper.plot([at] * len(fallen), fallen, "x", color="black", ms=5, mew=1.1, zorder=5)
+        grey = {"color": GREY, "lw": 1}
+        upper.axhline(100 * report["threshold"], ls="--", **grey)
+        upper.axhline(100 * report["start"]["pass@1"], ls=":", **grey)
+        lower.axhline(report["start"]["entropy"], ls=":", **grey)
+        rates = sorted({float(rate) for row in report["rows"].values() for rate in row["cells"]})
+        lower.set(xscale="log", xlabel="learning rate", ylabel="entropy at the end (nats per token)")
+        lower.set_xticks(rates, [_rate(rate) for rate in rates])
+        lower.minorticks_off()
+        upper.set(ylabel="final pass@1, held-out problems (%)")
+        lines = [
+            *upper.get_legend_handles_labels()[0],
+            Line2D([], [], ls="--", label="works: 90 % of the best cell", **grey),
+            Line2D([], [], ls=":", label="starting policy", **grey),
+            Line2D([], [], ls="", color="black", marker="x", label="collapsed run"),
+        ]
+        drawn.legend(handles=lines, loc="outside upper center", ncols=3)
 
 
 def _means_and_spread(row: Mapping[str, Any], metric: str, scale: float) -> tuple[list[float], list[list[float]]]:

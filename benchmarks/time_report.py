@@ -8,6 +8,7 @@ from typing import Any
 
 from scipy.stats import t as student_t
 
+from figures import COLORS, GREY, figure
 from measuring import markdown_table
 
 TITLES = {
@@ -178,38 +179,21 @@ def _cell(estimate: Mapping[str, float] | None, form: str) -> str:
     return f"{estimate['mean']:{form}} ({estimate['low']:{form}} to {estimate['high']:{form}})"
 
 
-COLORS = {
-    "grpo": "#b3441e",
-    "grpo_fresh": "#c79a2b",
-    "opo": "#1f5c99",
-    "opo_refill": "#4a8c3f",
-    "opo_choose": "#7a4f9e",
-    "opo_both": "#1aa0a0",
-}
+COLOR_OF = {"grpo": "grpo_2_steps", "grpo_fresh": "grpo_no_std"}
 
 
 def plot(report: Mapping[str, Any], path: Path) -> None:
     """Held-out pass@1 by seconds, tokens and steps, with the main target, and the share of uninformative groups."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 4, figsize=(16, 3.8), layout="constrained")
     target = next(iter(report["targets"].values()))["accuracy"]
-    for variant, curve in report["curves"].items():
-        for panel, axis in zip(axes, ("seconds", "tokens", "steps"), strict=False):
-            panel.plot(curve[axis], curve["pass@1"], color=COLORS[variant], label=TITLES[variant], lw=1.5)
-        uninformative = report["uninformative"][variant]
-        axes[3].plot(smooth(uninformative, 11), color=COLORS[variant], lw=1.2)
-    for panel, axis in zip(axes, ("seconds", "tokens", "steps"), strict=False):
-        panel.axhline(target, color="black", lw=0.8, ls=":")
-        panel.set_xlabel(AXES[axis])
-        panel.set_title("held-out pass@1", fontsize=10, loc="left")
-    axes[3].set_title("share of groups with equal rewards", fontsize=10, loc="left")
-    axes[3].set_xlabel("rollout batch")
-    axes[0].legend(fontsize=7)
-    for panel in axes:
-        panel.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    with figure(path, height=5.6) as drawn:
+        panels = drawn.subplots(2, 2).flatten()
+        for variant, curve in report["curves"].items():
+            color = COLORS[COLOR_OF.get(variant, variant)]
+            for panel, axis in zip(panels, ("seconds", "tokens", "steps"), strict=False):
+                panel.plot(curve[axis], curve["pass@1"], color=color, label=TITLES[variant])
+            panels[3].plot(smooth(report["uninformative"][variant], 11), color=color)
+        for panel, axis in zip(panels, ("seconds", "tokens", "steps"), strict=False):
+            panel.axhline(target, color=GREY, lw=1, ls=":")
+            panel.set(title="held-out pass@1", xlabel=AXES[axis])
+        panels[3].set(title="share of groups with equal rewards", xlabel="rollout batch")
+        drawn.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)

@@ -41,6 +41,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.trainer import utils as trl_utils
 from trl.trainer.utils import compute_flops_per_token
 
+import figures
 from measuring import RESULTS, provenance
 from opo_trl import OPOConfig, OPOTrainer
 from random_models import SIZES, VOCABULARY, random_model, word_tokenizer
@@ -450,28 +451,32 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(rows)
 
 
+LINES = {
+    "constant": ("constant", {"color": figures.GREY, "marker": "s"}),
+    "uniform": ("uniform", {"color": figures.COLORS["opo_refill"], "marker": "^"}),
+    "lognormal": ("log-normal", {"color": figures.COLORS["opo"], "marker": "o"}),
+    "tiny_policy": ("tiny policy", {"color": figures.COLORS["opo_mean"], "marker": "D"}),
+}
+
+
 def plot(results: list[dict[str, Any]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(8.5, 0.3 * len(results) + 1.0), layout="constrained")
-    names = [r["case"].replace("/", ", ").replace("_", " ").replace("=", " ") for r in results][::-1]
-    speedups = [r["speedup"] for r in results][::-1]
-    axis.barh(names, speedups, color="#1f5c99", height=0.7)
-    axis.axvline(1, color="#b3441e", lw=1)
-    for i, r in enumerate(results[::-1]):
-        axis.text(
-            r["speedup"] + 0.1, i, f"{r['speedup']:.1f}x, memory {r['memory_ratio']:.2f}x", va="center", fontsize=8
-        )
-    axis.set_xlim(0, max(speedups) * 1.3)
-    axis.margins(y=0.01)
-    axis.set_title("Speed-up of the update over TRL's, same rollouts and gradient", fontsize=10, loc="left")
-    axis.tick_params(labelsize=8)
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=140)
-    plt.close(figure)
+    """Speed-up and memory of micro-batches of 8 rows by the share of uninformative groups, a line per distribution."""
+    found = {r["case"]: r for r in results}
+    with figures.figure(path, height=3.6) as drawn:
+        left, right = drawn.subplots(1, 2)
+        for distribution, (label, style) in LINES.items():
+            cases = [case for case in CASES if case == Case(distribution, case.uninformative) and case.name in found]
+            x, each = [100 * case.uninformative for case in cases], [found[case.name] for case in cases]
+            error = [[abs(r["speedup_range"][end] - r["speedup"]) for r in each] for end in (0, 1)]
+            left.errorbar(x, [r["speedup"] for r in each], error, label=label, capsize=2, elinewidth=0.8, **style)
+            right.plot(x, [r["memory_ratio"] for r in each], **style)
+        for axis, title in (
+            (left, "speed-up of the update against TRL's (x)"),
+            (right, "peak memory relative to TRL's"),
+        ):
+            axis.axhline(1, color=figures.GREY, lw=1)
+            axis.set(title=title, xlabel="uninformative groups (%)", xticks=[0, 25, 50, 75], ylim=(0, None))
+        drawn.legend(title="lengths", loc="outside upper center", ncols=4)
 
 
 def main() -> None:

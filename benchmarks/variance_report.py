@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+import figures
 from measuring import markdown_table
 
 WEIGHTS = {
@@ -76,48 +77,55 @@ def _cell(estimate: dict[str, float], digits: int = 2) -> str:
     return f"{value} ({low} to {high})"
 
 
-COLORS = {
-    "group mean": "#4a8c3f", "leave-one-out": "#5b6770", "OPO": "#1f5c99", "length^0.5": "#8fb6dd",
-    "length^2": "#0c2f54", "logit norm": "#7a4f9e", "uncertainty": "#c79a2b", "exact": "#b3441e",
-}  # fmt: skip
+OPO = figures.COLORS["opo"]
+LINES = {
+    "group mean": {"color": figures.COLORS["opo_mean"], "marker": "s"},
+    "leave-one-out": {"color": figures.GREY, "marker": "v"},
+    "OPO": {"color": OPO, "marker": "o", "lw": 2.2},
+    "length^0.5": {"color": OPO, "marker": "o", "ls": "--", "alpha": 0.6},
+    "length^2": {"color": OPO, "marker": "o", "ls": ":", "alpha": 0.6},
+    "logit norm": {"color": figures.COLORS["opo_choose"], "marker": "^"},
+    "uncertainty": {"color": figures.COLORS["opo_uncertainty"], "marker": "D"},
+    "exact": {"color": figures.BLACK, "marker": "P"},
+}
 
 
-def plot(policies: dict[str, Any], completions: dict[str, Any], path: Path) -> None:
-    """Variance relative to the optimum for each K, and squared gradient norms by length."""
-    import matplotlib
+def plot(policies: dict[str, Any], path: Path) -> None:
+    """Variance of every baseline relative to the optimum's for each K, a panel per policy."""
+    with figures.figure(path, height=3.8) as drawn:
+        axes = drawn.subplots(1, len(policies), sharey=True, squeeze=False)[0]
+        for axis, (policy, summary) in zip(axes, policies.items(), strict=True):
+            sizes = [int(size) for size in summary["group_sizes"]]
+            for place, (name, style) in enumerate(LINES.items()):
+                found = [summary["group_sizes"][str(size)][name]["over_optimum_at_equal_scale"] for size in sizes]
+                error = [[e["value"] - e["low"] for e in found], [e["high"] - e["value"] for e in found]]
+                # shifted sideways, so that the intervals do not overlap
+                x = [size * 1.04 ** (place - len(LINES) / 2) for size in sizes]
+                axis.errorbar(
+                    x, [e["value"] for e in found], error, label=name, **{"ms": 3.5, "elinewidth": 0.8} | style
+                )
+            axis.axhline(1, color=figures.GREY, lw=1)
+            axis.set(title=f"{policy} policy", xlabel="K, completions per prompt", xscale="log", yscale="log")
+            axis.set_xticks(sizes, [str(size) for size in sizes])
+            axis.minorticks_off()
+        axes[0].set_yticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"])
+        axes[0].set_ylabel("variance relative to the optimum's")
+        drawn.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(
-        2, len(policies), figsize=(4.6 * len(policies), 7), layout="constrained", squeeze=False, sharey="row"
-    )
-    for (upper, lower), (policy, summary) in zip(axes.T, policies.items(), strict=True):
-        sizes = [int(size) for size in summary["group_sizes"]]
-        for place, (name, color) in enumerate(COLORS.items()):
-            found = [summary["group_sizes"][str(size)][name]["over_optimum_at_equal_scale"] for size in sizes]
-            values = [each["value"] for each in found]
-            error = [[e["value"] - e["low"] for e in found], [e["high"] - e["value"] for e in found]]
-            x = [size * 1.03 ** (place - len(COLORS) / 2) for size in sizes]
-            upper.errorbar(x, values, error, marker="o", ms=3, lw=1.2, capsize=2, label=name, color=color)
-        upper.axhline(1, color="black", lw=0.8)
-        upper.set_xlabel("K, completions per prompt")
-        upper.set_yscale("log")
-        upper.set_xscale("log", base=2)
-        upper.xaxis.set_major_formatter("{x:g}")
-        upper.set_title(f"{policy}: variance over the optimum's, at equal scale", fontsize=9, loc="left")
-        every, generator = completions[policy], torch.Generator().manual_seed(0)
-        for label, mask, color in (("right", every.rewards == 1, "#1f5c99"), ("wrong", every.rewards != 1, "#b3441e")):
-            drawn = torch.randperm(int(mask.sum()), generator=generator)[:3000]
-            lengths = every.lengths[mask][drawn] + 0.7 * (torch.rand(len(drawn), generator=generator) - 0.5)
-            lower.scatter(lengths, every.squared_norms[mask][drawn], s=3, alpha=0.25, color=color, label=label, lw=0)
-        lower.set_xlabel("length (tokens)")
-        lower.set_yscale("log")
-        slope = summary["squared_norm_and"]["lengths"]["log_log_slope"]["value"]
-        lower.set_title(f"squared gradient norm by length, log-log slope {slope:.2f}", fontsize=9, loc="left")
-    axes[0][-1].legend(fontsize=7, ncol=2, loc="upper right")
-    axes[1][0].legend(fontsize=7, markerscale=4)
-    for axis in axes.flat:
-        axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+def plot_norms(policies: dict[str, Any], completions: dict[str, Any], path: Path) -> None:
+    """Squared gradient norm of every completion by its length, a panel per policy."""
+    with figures.figure(path, height=3.2) as drawn:
+        axes = drawn.subplots(1, len(policies), sharey=True, squeeze=False)[0]
+        for axis, (policy, summary) in zip(axes, policies.items(), strict=True):
+            every, generator = completions[policy], torch.Generator().manual_seed(0)
+            right = every.rewards == 1
+            for label, mask, color in (("right", right, OPO), ("wrong", ~right, figures.COLORS["grpo_2_steps"])):
+                chosen = torch.randperm(int(mask.sum()), generator=generator)[:3000]
+                lengths = every.lengths[mask][chosen] + 0.7 * (torch.rand(len(chosen), generator=generator) - 0.5)
+                norms = every.squared_norms[mask][chosen]
+                axis.scatter(lengths, norms, s=3, alpha=0.25, color=color, label=label, lw=0)
+            slope = summary["squared_norm_and"]["lengths"]["log_log_slope"]["value"]
+            axis.set(title=f"{policy} policy, slope {slope:.2f}", xlabel="length (tokens)", yscale="log")
+        axes[0].set_ylabel("squared gradient norm")
+        drawn.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, markerscale=4)

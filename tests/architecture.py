@@ -1,5 +1,5 @@
 """
-The package's architecture: what each part may import, and the picture and the tree that README and docs show of it.
+The package's architecture: what each part may import, and the table and the tree that README and docs show of it.
 
     python tests/architecture.py    # writes both
 
@@ -29,7 +29,7 @@ LAYERS: dict[str, set[str]] = {
     "__init__": {"config", "runs", "trainer"},
     "scripts": {"__init__", "config", "data", "evaluation", "on_policy", "rewards", "runs"},
 }
-PICTURE, TREE = ROOT / "docs" / "design.md", ROOT / "README.md"
+TABLE, TREE = ROOT / "docs" / "design.md", ROOT / "README.md"
 
 
 def part_of(path: Path) -> str:
@@ -54,11 +54,17 @@ def docstring(path: Path) -> str:
     return " ".join(text.split("\n\n")[0].split())
 
 
-def picture() -> str:
-    """The imports between parts, as Mermaid draws them: an arrow reads "is used by"."""
-    arrows = [(used, part) for part, uses in LAYERS.items() for used in sorted(uses) if part != "__init__"]
-    lines = [f"    {used} --> {part}" for used, part in arrows if used != "__init__"]
-    return "\n".join(["```mermaid", "flowchart LR", *lines, "```"])
+def table() -> str:
+    """The parts of the package that each part imports."""
+    lines = ["| part | imports |", "|---|---|"]
+    for part in [part for part in LAYERS if part != "__init__"]:
+        used = sorted(LAYERS[part] - {"__init__"})
+        lines.append(f"| {_code(part)} | {', '.join(map(_code, used)) or 'no other part'} |")
+    return "\n".join(lines)
+
+
+def _code(part: str) -> str:
+    return f"`{part}/`" if (PACKAGE / part).is_dir() else f"`{part}.py`"
 
 
 def tree() -> str:
@@ -86,7 +92,7 @@ def replaced(text: str, pattern: str, drawn: str) -> str:
 def pages() -> dict[Path, str]:
     """What README and the design page should hold."""
     return {
-        PICTURE: replaced(PICTURE.read_text(), r"```mermaid\n.*?```", picture()),
+        TABLE: replaced(TABLE.read_text(), r"\| part \| imports \|\n.*?(?=\n\n)", table()),
         TREE: replaced(TREE.read_text(), r"    src/opo_trl/\n.*?(?=\n    examples/)", tree()),
     }
 

@@ -130,26 +130,31 @@ def plot_curves(path: Path, history: Sequence[dict[str, Any]], before: dict[str,
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(2, 2, figsize=(9, 6), sharex=True, layout="constrained")
+    color, reference = "#1f6fb4", "#d05a10"
+    figure, axes = plt.subplots(2, 2, figsize=(7.5, 5), sharex=True, layout="constrained")
     panels = [
         ("reward", "training reward"),
         ("completions/mean_length", "mean completion length (tokens)"),
-        ("entropy", "entropy per token (nats)"),
+        ("entropy", "entropy (nats per token)"),
         ("eval_reward", "held-out pass@1"),
     ]
     for axis, (name, title) in zip(axes.flat, panels, strict=True):
         points = [(entry["step"], entry[name]) for entry in history if entry.get(name) is not None]
-        axis.plot(*zip(*points, strict=True), marker="o" if name == "eval_reward" else None, ms=3, color="#1f5c99")
+        held_out = {"marker": "o", "ms": 3, "label": "during training"} if name == "eval_reward" else {}
+        axis.plot(*zip(*points, strict=True), color=color, **held_out)
         axis.set_title(title, fontsize=10, loc="left")
+        axis.tick_params(labelsize=9)
         axis.grid(alpha=0.3)
     last_step = max(entry["step"] for entry in history)
-    for step, result in ((0, before), (last_step, after)):
-        low, high = result["interval"]
-        error = [[result["pass@1"] - low], [high - result["pass@1"]]]
-        axes[1, 1].errorbar(step, result["pass@1"], error, fmt="s", ms=5, capsize=3, color="#b3441e", zorder=3)
+    steps, results = (0, last_step), (before, after)
+    scores = [result["pass@1"] for result in results]
+    error = [[abs(result["interval"][end] - result["pass@1"]) for result in results] for end in (0, 1)]
+    label = "before and after, 95 % interval"
+    axes[1, 1].errorbar(steps, scores, error, fmt="s", ms=5, capsize=3, color=reference, label=label, zorder=3)
+    axes[1, 1].legend(fontsize=9, loc="lower center")
     for axis in axes[1]:
-        axis.set_xlabel("optimizer step")
-    figure.savefig(path, dpi=140)
+        axis.set_xlabel("optimizer step", fontsize=9)
+    figure.savefig(path, dpi=200)
     plt.close(figure)
 
 

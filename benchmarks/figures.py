@@ -1,0 +1,73 @@
+"""
+Style of the figures, with one colour per variant in all of them, and the command that draws those of the pages again.
+
+    python benchmarks/figures.py    # from the committed results, into benchmarks/results and docs/images
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from measuring import RESULTS
+
+IMAGES = RESULTS.parents[1] / "docs" / "images"
+WIDTH = 7.5  # inches; a page shows a figure at about 100 pixels per inch
+
+# OPO is blue, GRPO orange and darker with more optimizer steps per rollout batch. They also differ in lightness.
+COLORS = {
+    "opo": "#1f6fb4", "opo_mean": "#3f9a54", "opo_uncertainty": "#8e5aa8",
+    "opo_refill": "#4aa3dd", "opo_choose": "#12908e", "opo_both": "#0b3c6f",
+    "grpo": "#e8833a", "grpo_2_steps": "#c2500c", "grpo_4_steps": "#963c06", "grpo_8_steps": "#5c2503",
+    "grpo_no_std": "#b8901a", "grpo_fresh": "#6b7280",
+}  # fmt: skip
+GREY, BLACK = "#777777", "#222222"
+STYLE = {
+    "font.size": 9, "axes.titlesize": 9.5, "axes.titlelocation": "left", "axes.labelsize": 9, "legend.fontsize": 8.5,
+    "xtick.labelsize": 8.5, "ytick.labelsize": 8.5, "legend.frameon": False, "lines.linewidth": 1.5,
+    "axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.3, "axes.spines.top": False, "axes.spines.right": False,
+    "figure.constrained_layout.use": True, "savefig.dpi": 200,
+}  # fmt: skip
+
+
+@contextmanager
+def figure(path: Path, height: float) -> Iterator[Any]:
+    """A new figure of the pages' width, which is written to the file at the end."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    with plt.rc_context(STYLE):
+        drawn = plt.figure(figsize=(WIDTH, height))
+        yield drawn
+        drawn.savefig(path)
+        plt.close(drawn)
+
+
+def main() -> None:
+    import opo_report
+    import update_phase
+    import variance_report
+    from opo_trl.scripts.reporting import plot_curves
+
+    def result(name: str) -> Any:
+        return json.loads((RESULTS / f"{name}.json").read_text())
+
+    opo_report.plot(result("opo_vs_grpo")["variants"], RESULTS / "opo_vs_grpo.png")
+    variance_report.plot(result("gradient_variance")["policies"], RESULTS / "gradient_variance.png")
+    update_phase.plot(result("update_phase")["cases"], RESULTS / "update_phase.png")
+    for path in RESULTS.glob("*.png"):
+        shutil.copy(path, IMAGES)
+    summary = result("quickstart")
+    before, after = (
+        {"pass@1": summary[f"pass@1_{when}"], "interval": summary[f"pass@1_{when}_interval"]}
+        for when in ("before", "after")
+    )
+    plot_curves(IMAGES / "quickstart.png", result("quickstart_log"), before, after)
+
+
+if __name__ == "__main__":
+    main()
