@@ -41,7 +41,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 	experiments engines-table docs check format setup set-repository clean
 
 train: $(READY)
-	PYTHONWARNINGS=ignore::FutureWarning $(BIN)/accelerate launch --quiet \
+	$(BIN)/accelerate launch --quiet \
 		--config_file examples/accelerate_configs/cpu.yaml examples/train_math.py
 
 unit: $(READY)

@@ -24,7 +24,7 @@ LAYERS: dict[str, set[str]] = {
     "data": {"rewards"},
     "evaluation": set(),
     "baselines": {"algorithm"},
-    "config": {"on_policy"},
+    "config": {"on_policy", "runs"},
     "trainer": {"algorithm", "config", "evaluation", "on_policy", "rollouts", "runs", "update"},
     "__init__": {"config", "runs", "trainer"},
     "scripts": {"__init__", "config", "data", "evaluation", "on_policy", "rewards", "runs"},

@@ -6,6 +6,7 @@ When TRL moves, the test that fails names the seam: read the parent's new code t
 """
 
 import ast
+import dataclasses
 import inspect
 import re
 import sys
@@ -24,6 +25,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.generation import vllm_generation
 from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
+from trl.models import utils as trl_models
 from trl.trainer import utils as trl_utils
 
 import opo_trl
@@ -31,6 +33,7 @@ from opo_trl import OPOTrainer
 from opo_trl.config import _CONTRACT
 from opo_trl.rewards import boxed_format_reward
 from opo_trl.runs.model_card import NO_BASE_MODEL, NO_REPOSITORY, VERSIONS
+from opo_trl.runs.renamed_names import _METHODS
 from opo_trl.update.rollout_batch import FORWARD_ARGUMENTS
 from tiny import GROUP_SIZE, scripted_trainer, tiny_model
 from update_phase import set_lm_head
@@ -414,3 +417,10 @@ def test_environments_are_reset_right_before_generation(tmp_path):
 def test_a_hyperparameter_search_needs_a_model_init():
     assert "model_init" not in parameters(GRPOTrainer.__init__)
     assert "if self.model_init is None" in inspect.getsource(Trainer.hyperparameter_search)
+
+
+def test_names_that_transformers_has_renamed_and_trl_still_uses():
+    """When this fails, TRL uses the newer names: delete `runs/renamed_names.py`."""
+    assert {field.name: field.default for field in dataclasses.fields(GRPOConfig)}["gradient_checkpointing"] is True
+    calls = inspect.getsource(trl_models)
+    assert all(f".{name}" in calls for name in _METHODS)

@@ -11,6 +11,7 @@ from trl import GRPOConfig
 from .on_policy.engine_dtype import check_vllm_dtype
 from .on_policy.sampling_settings import NEUTRAL_VALUES, distribution_changes
 from .on_policy.self_test import check_tolerance
+from .runs.renamed_names import use_new_names
 
 
 class _Rule(NamedTuple):
@@ -216,6 +217,7 @@ class OPOConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         self._generation_batch_size_given = self.generation_batch_size is not None
+        use_new_names(self)
         try:
             super().__post_init__()
         except ValueError as error:

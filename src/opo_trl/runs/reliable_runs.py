@@ -29,6 +29,7 @@ from .hub import BackgroundPushes, PushError, UnpickledToken, claim_repository
 from .model_card import complete_model_card, is_hub_name
 from .preemption import EXIT_CODE, Preemption
 from .ranks import any_rank
+from .renamed_names import ignore_warnings_of_trls_calls
 from .same_rollouts import keep_rollout_batches, resumable_checkpoint
 from .saving import CheckpointNotSaved, agree_on_saved, check_saving, not_saved, on_main_process, overridden
 from .streamed_position import streamed_position
@@ -41,6 +42,7 @@ else:
     GRPOTrainer = object  # a mixin: the trainer comes after it in the bases
 
 check_trl()
+ignore_warnings_of_trls_calls()
 
 logger = logging.getLogger(__name__)
 
