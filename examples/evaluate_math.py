@@ -7,7 +7,7 @@ The script is part of the package: `accelerate launch --quiet -m opo_trl.scripts
 without a checkout. Its source, `src/opo_trl/scripts/evaluate_math.py`, has the commands for larger models.
 """
 
-from opo_trl.scripts.evaluate_math import run
+from opo_trl.scripts.cli import run_script
 
 if __name__ == "__main__":
-    run()
+    run_script("evaluate")

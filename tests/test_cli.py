@@ -1,6 +1,7 @@
 """The command `opo-trl`: what it loads, how it sets accelerate's arguments apart, and what it passes on."""
 
 import importlib
+import inspect
 import re
 import runpy
 import signal
@@ -16,7 +17,6 @@ import yaml
 from accelerate.commands.launch import launch_command_parser
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
-from trl import GRPOConfig
 
 import opo_trl
 from conftest import ROOT
@@ -66,18 +66,34 @@ def sections(text):
 
 def test_help_of_train_lists_the_fields_of_opo_first_and_those_of_transformers_last(monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    text = cli.describe("train")
-    assert text.startswith("usage: opo-trl train [--config FILE.yaml]")
-    assert "--num_processes" in text.partition("OPO (OPOConfig):")[0]
+    text = cli.describe("train", prog="train")
+    assert text.startswith("usage: train [--config FILE.yaml]")
     found = sections(text)
     assert list(found) == ["OPO (OPOConfig)", "this script", "TRL", "transformers"]
-    own = set(OPOConfig.__dataclass_fields__) - set(GRPOConfig.__dataclass_fields__)
+    own = set(inspect.get_annotations(OPOConfig))
     assert own <= {option[2:] for option in found["OPO (OPOConfig)"]} <= own | {f"no_{name}" for name in own}
     assert "--num_train_problems" in found["this script"]
     assert {"--num_generations", "--dataset_name", "--model_name_or_path"} <= set(found["TRL"])
     assert {"--learning_rate", "--output_dir"} <= set(found["transformers"])
     every = [option for options in found.values() for option in options]
     assert len(every) == len(set(every)) > 200
+
+
+def test_what_help_prints_first_is_what_the_parser_has(monkeypatch):
+    """The fields of `OPOConfig`, read from its source, as those of the class; the defaults and the help, too."""
+    monkeypatch.setenv("COLUMNS", "200")
+    options = {"prog": "train", "description": "Train."}
+    complete = importlib.import_module("opo_trl.scripts.train_arguments").make_parser(**options).format_help()
+    first = cli.describe_own("train", **options)
+    assert sorted(first.splitlines()) == sorted(complete.partition("\nTRL:\n")[0].splitlines())
+    assert cli.describe("train", **options).startswith(first)
+
+
+@pytest.mark.parametrize("script", ["train_math", "evaluate_math"])
+def test_help_of_the_files_that_accelerate_launches(monkeypatch, capsys, script):
+    monkeypatch.setattr(sys, "argv", [f"examples/{script}.py", "--max_steps", "3", "--help"])
+    runpy.run_path(str(ROOT / "examples" / f"{script}.py"), run_name="__main__")
+    assert capsys.readouterr().out.startswith(f"usage: {script}.py [--config FILE.yaml]")
 
 
 def test_help_of_evaluate(monkeypatch):

@@ -45,6 +45,18 @@ def test_the_trainer_loads_no_package_that_trl_does_not_load_and_help_of_the_com
     run(TRAINER_AND_HELP)
 
 
+def test_help_of_this_packages_arguments_loads_nothing_that_takes_seconds():
+    run(
+        "import sys\n"
+        "from opo_trl.scripts import cli\n"
+        "sys.argv = ['evaluate_math.py', '--help']\n"
+        "cli.run_script('evaluate')\n"
+        "assert '--baseline_weight' in cli.describe_own('train')\n"
+        "heavy = {'torch', 'transformers', 'accelerate', 'datasets', 'numpy', 'peft'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+
+
 def test_the_evaluation_metrics_load_numpy_alone():
     run(
         "import sys\n"

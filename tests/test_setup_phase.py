@@ -66,7 +66,7 @@ def test_an_error_of_training_keeps_its_traceback(tmp_path, monkeypatch):
     def reward(completions, **kwargs):
         raise ValueError("in the reward")
 
-    monkeypatch.setattr(train_math, "math_verify_reward", reward)
+    monkeypatch.setattr("opo_trl.scripts.reward_functions.rewards.math_verify_reward", reward)
     with pytest.raises(RewardError, match="in the reward"), SetupPhase() as setup:
         train_math.main([*TRAIN, "--output_dir", str(tmp_path)], setup)
 

@@ -11,6 +11,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opo_trl.runs.checkpoints import MARKER
+from opo_trl.runs.guarded_functions import RewardError
 from opo_trl.scripts import train_math
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -164,6 +165,114 @@ def test_mistakes_are_named_before_a_model_loads(tmp_path, gsm8k, chat_model_dir
     filled = [argument.format(gsm8k=gsm8k, model=chat_model_dir) for argument in arguments]
     with pytest.raises(ValueError, match=message):
         run("--output_dir", tmp_path / "out", *filled)
+
+
+# ---- The log on the disk
+
+
+def log_of(output):
+    return json.loads((output / "log.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps_with_reward"),
+    [
+        (["--save_strategy", "no"], [1, 2, 2]),  # the last entry has the summary of the run
+        (["--logging_strategy", "epoch", "--num_train_epochs", "1", "--max_steps", "-1"], [6, 6]),
+        (["--logging_steps", "50", "--save_strategy", "no"], [2]),
+        (["--logging_strategy", "no", "--save_strategy", "no"], [2]),
+    ],
+)
+def test_every_setting_leaves_the_metrics_on_the_disk(tmp_path, chat_model_dir, gsm8k, settings, steps_with_reward):
+    output = tmp_path / "out"
+    run("--model_name_or_path", chat_model_dir, "--dataset_name", gsm8k, "--output_dir", output, *settings)
+    steps = [entry["step"] for entry in log_of(output) if "reward" in entry or "train_runtime" in entry]
+    assert steps == steps_with_reward
+    assert any("opo/informative_fraction" in entry for entry in log_of(output))
+
+
+def test_a_run_that_dies_leaves_its_log_and_a_resumed_one_continues_it(tmp_path, chat_model_dir, gsm8k, monkeypatch):
+    """It dies in step 3, and step 2, after the checkpoint, is trained and logged again, once in the file."""
+    output, calls = tmp_path / "out", []
+
+    def dying(completions, **kwargs):
+        calls.append(len(completions))
+        if len(calls) == 3:
+            raise KeyError("killed")
+        return [float(len(text[0]["content"])) for text in completions]
+
+    monkeypatch.setattr("opo_trl.scripts.reward_functions.rewards.math_verify_reward", dying)
+    command = ("--model_name_or_path", chat_model_dir, "--dataset_name", gsm8k, "--output_dir", output,
+               "--max_steps", 4, "--save_steps", 2, "--logging_steps", 1)  # fmt: skip
+    with pytest.raises(RewardError, match="killed"):
+        run(*command)
+    first = log_of(output)
+    assert [entry["step"] for entry in first] == [1, 2]
+    log = output / "log.json"
+    log.write_text(json.dumps([*first, {"step": 3, "reward": 9.0}]))  # as if it had died later
+    run(*command, "--resume_from_checkpoint", "auto")
+    assert log_of(output)[:2] == first
+    assert [entry["step"] for entry in log_of(output) if "grad_norm" in entry] == [1, 2, 3, 4]
+
+
+# ---- Rewards of the command line
+
+REWARDS = """
+def length(completions, **kwargs):
+    return [float(len(completion[0]["content"]) > 2) for completion in completions]
+
+limit = 3
+"""
+
+
+def test_rewards_of_the_command_line(tmp_path, chat_model_dir, gsm8k, monkeypatch, capsys):
+    """This package's, TRL's and the user's own, weighed; pass@k by the name that was given."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_rewards.py").write_text(REWARDS)
+    output = tmp_path / "out"
+    run("--model_name_or_path", chat_model_dir, "--dataset_name", gsm8k, "--output_dir", output, "--max_steps", 1,
+        "--reward_funcs", "own_rewards:length", "boxed_format_reward", "accuracy_reward",
+        "get_soft_overlong_punishment", "--reward_weights", 2, 1, 1, 1, "--pass_at_k_reward", "own_rewards:length",
+        "--eval_strategy", "steps", "--eval_steps", 1, "--num_eval_problems", 2, "--num_generations_eval", 2,
+        "--per_device_eval_batch_size", 4)  # fmt: skip
+    logged = {name: value for entry in log_of(output) for name, value in entry.items()}
+    assert logged["rewards/boxed_format_reward/mean"] == logged["rewards/accuracy_reward/mean"] == 0
+    assert logged["rewards/get_soft_overlong_punishment/mean"] == 0
+    assert logged["reward"] == pytest.approx(2 * logged["rewards/length/mean"])
+    assert logged["eval_pass@1"] == pytest.approx(logged["eval_rewards/length/mean"])
+    assert "no eval_pass@k" not in capsys.readouterr().out
+
+
+def test_a_run_without_a_reward_for_pass_at_k_reports_it(tmp_path, chat_model_dir, gsm8k, capsys):
+    run("--model_name_or_path", chat_model_dir, "--dataset_name", gsm8k, "--output_dir", tmp_path, "--max_steps", 1,
+        "--reward_funcs", "boxed_format_reward", "--eval_strategy", "steps", "--eval_steps", 1,
+        "--num_eval_problems", 2, "--num_generations_eval", 2, "--per_device_eval_batch_size", 4)  # fmt: skip
+    assert "no eval_pass@k: --pass_at_k_reward names the reward" in capsys.readouterr().out
+    assert not any("eval_pass@1" in entry for entry in log_of(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--reward_funcs", "acuracy"], r"no reward 'acuracy'\. Use math_verify_reward, boxed_format_reward, acc"),
+        (["--reward_funcs", "no_such_module:f"], "the module 'no_such_module' cannot be imported: No module named"),
+        (["--reward_funcs", "no_such_module.f"], "the module 'no_such_module' cannot be imported: No module named"),
+        (["--reward_funcs", "own_rewards:lenght"], r"own_rewards\.py has no 'lenght'; it has length\."),
+        (["--reward_funcs", "own_rewards:limit"], "own_rewards:limit must be a function of the completions"),
+        (["--reward_funcs", "own_rewards:length", "own_rewards.length"], "called differently.* got 'length' twice"),
+        (["--reward_weights", "1", "0.5"], r"of the 1 reward function\(s\) \(math_verify_reward\), got \[1.0, 0.5\]"),
+        (["--pass_at_k_reward", "accuracy_reward"], "must name one of the reward functions"),
+        (["--reward_funcs", "accuracy_reward", "--model_name_or_path", "tiny_policy"], "reward reads messages"),
+    ],
+)
+def test_mistakes_in_rewards_are_named_before_anything_loads(
+    tmp_path, gsm8k, chat_model_dir, monkeypatch, arguments, message
+):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_rewards.py").write_text(REWARDS)
+    monkeypatch.setattr(train_math, "make_trainer", lambda *_: pytest.fail("the trainer is made"))
+    with pytest.raises(ValueError, match=message):
+        run("--output_dir", tmp_path, "--dataset_name", gsm8k, "--model_name_or_path", chat_model_dir, *arguments)
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ _METHODS = ("is_gradient_checkpointing", "gradient_checkpointing_enable", "gradi
 
 def use_new_names(args: Any) -> None:
     """
-    Give transformers' newer fields the values of the older ones, before `__post_init__` of a configuration warns of them.
+    Give transformers' newer fields the values of the older ones, before a configuration's `__post_init__` warns.
 
     TRL 1.16 sets `gradient_checkpointing=True` by default, so that every configuration would warn. Delete this when TRL
     sets `activation_checkpointing`.
@@ -36,6 +36,5 @@ def ignore_warnings_of_trls_calls() -> None:
     Delete this when TRL calls `activation_checkpointing_enable`; `tests/test_contract.py` fails then.
     """
     for name in _METHODS:
-        warnings.filterwarnings(
-            "ignore", rf"`{name}` is deprecated and will be removed in v6", FutureWarning, r"transformers\.modeling_utils"
-        )
+        message = rf"`{name}` is deprecated and will be removed in v6"
+        warnings.filterwarnings("ignore", message, FutureWarning, r"transformers\.modeling_utils")

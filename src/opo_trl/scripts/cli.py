@@ -32,6 +32,8 @@ COMMANDS = {
 # command decides them.
 NOT_ACCELERATES = {"help", "debug", "gradient_accumulation_steps", "module", "no_python"}
 
+_OTHERS = "\nTRL:\n"  # the heading of the first section of help that needs TRL's configuration
+
 MIXED = (
     "Arguments of `accelerate launch`, such as --num_processes and --config_file, are passed on to it; `accelerate "
     "launch --help` lists them. --accelerate_config takes the path of its config file, or the name of one that TRL "
@@ -56,18 +58,49 @@ def main(arguments: list[str] | None = None) -> int:
         parser.print_help()
         return 0
     if {"-h", "--help"} & set(arguments[1:]):
-        print(describe(command), end="")
+        print_help(command, prog=f"opo-trl {command}", description=f"{COMMANDS[command][0]} {MIXED}")
         return 0
     return launch(command, arguments[1:])
 
 
-def describe(command: str) -> str:
+def run_script(command: str) -> None:
+    """Run a command's script in this process, as a file that `accelerate launch` starts; help loads no trainer."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print_help(command, prog=os.path.basename(sys.argv[0]), description=COMMANDS[command][0])
+    else:
+        importlib.import_module(f".{COMMANDS[command][1]}", __package__).run()
+
+
+def print_help(command: str, **options: str) -> None:
+    """Print a command's arguments: OPO's and the script's at once, then those of TRL and transformers."""
+    beginning = describe_own(command, **options)
+    try:
+        print(beginning, end="", flush=True)
+        print(describe(command, **options).removeprefix(beginning), end="", flush=True)
+    except BrokenPipeError:  # of `| head`, or a pager that was closed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def describe(command: str, **options: str) -> str:
     """Describe a command's arguments: OPO's first, then the script's, TRL's and transformers'."""
-    description, _, module = COMMANDS[command]
-    script_arguments = importlib.import_module(f".{module}", __package__)
-    return str(
-        script_arguments.make_parser(prog=f"opo-trl {command}", description=f"{description} {MIXED}").format_help()
-    )
+    return describe_own(command, **options) + _sections_of_others(_arguments_of(command).make_parser(**options))
+
+
+def describe_own(command: str, **options: str) -> str:
+    """Describe the arguments that this package defines, without a module that takes seconds to import."""
+    module = _arguments_of(command)
+    make_parser = getattr(module, "make_quick_parser", module.make_parser)
+    text = str(make_parser(**options).format_help())
+    return text.partition(_OTHERS)[0]
+
+
+def _sections_of_others(parser: Any) -> str:
+    _, heading, sections = str(parser.format_help()).partition(_OTHERS)
+    return heading + sections
+
+
+def _arguments_of(command: str) -> Any:
+    return importlib.import_module(f".{COMMANDS[command][2]}", __package__)
 
 
 def launch(command: str, arguments: list[str]) -> int:

@@ -1,6 +1,7 @@
 """The scripts' command line: TRL's parser, without abbreviations, and with the closest name for an unknown one."""
 
 import difflib
+import inspect
 import sys
 from collections.abc import Callable, Iterable, Set
 from typing import Any
@@ -103,12 +104,12 @@ class ScriptParser(TrlParser):
         return str(formatter.format_help())
 
     def _section_of(self, name: str) -> str:
-        """Title of the section of an argument: that of the first class, from the base down, that has the field."""
-        for dataclass_type in self.dataclass_types:
-            for base in reversed(dataclass_type.__mro__):
-                if name in getattr(base, "__dataclass_fields__", {}):
-                    found = (title for prefix, title in SECTIONS.items() if base.__module__.startswith(prefix))
-                    return next(found, OTHERS)
+        """Title of the section of an argument: of this package if it defines it, or that of the first class with it."""
+        classes = [base for dataclass_type in self.dataclass_types for base in reversed(dataclass_type.__mro__)]
+        classes.sort(key=lambda base: not base.__module__.startswith("opo_trl."))
+        for base in classes:
+            if name in inspect.get_annotations(base):
+                return next(title for prefix, title in SECTIONS.items() if base.__module__.startswith(prefix))
         return OTHERS
 
     def error(self, message: str) -> Any:

@@ -1,18 +1,18 @@
-"""What the scripts choose by themselves where there is no accelerator."""
+"""What the scripts choose by themselves where there is no accelerator. `--help` imports this file, but not torch."""
 
 import os
 from collections.abc import Set
 from typing import Any
-
-import torch
-from accelerate.utils import parse_flag_from_env
-from transformers.utils.import_utils import is_torch_xla_available
 
 _ENGINES = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
 
 
 def why_on_cpu() -> str | None:
     """Why a script runs on the CPU, or `None` if it has an accelerator to use."""
+    import torch
+    from accelerate.utils import parse_flag_from_env
+    from transformers.utils.import_utils import is_torch_xla_available
+
     if parse_flag_from_env("ACCELERATE_USE_CPU"):  # by `accelerate launch`, from its config file or `--cpu`
         return "ACCELERATE_USE_CPU is set"
     if torch.accelerator.is_available() or is_torch_xla_available():
@@ -29,6 +29,8 @@ def training_defaults(given: Set[str]) -> dict[str, Any]:
         given (`Set[str]`):
             Names of the arguments that the user has set, which decide what is left to choose.
     """
+    from accelerate.utils import parse_flag_from_env
+
     # With use_cpu, accelerate would replace a sharding engine by plain data parallelism without any message.
     if why_on_cpu() is None or any(map(parse_flag_from_env, _ENGINES)) or given & {"deepspeed", "fsdp"}:
         return {}

@@ -1,6 +1,7 @@
 """What a person wants to see of a run: a line per logging step, pass@1 before and after, the curves."""
 
 import json
+import os
 import subprocess
 import time
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ COLUMNS = {  # metric -> heading
     "opo/baseline_minus_mean": "b*-mean",
     "opo/informative_fraction": "informative",
 }
+_END = "\n]\n"  # of log.json
 PHASES = ("time/generate", "time/score", "time/sync_weights", "time/update")  # seconds of one step
 
 
@@ -53,6 +55,28 @@ class ConsoleProgress(TrainerCallback):
             print(
                 f"{state.global_step:5d}/{state.max_steps:<5d}  held-out reward {logs['eval_reward']:.3f}", flush=True
             )
+
+
+class RunLog(TrainerCallback):
+    """
+    Writes every entry of the log to `log.json` of the output directory as soon as it is logged.
+
+    So a run leaves its metrics on the disk without a tracker, without checkpoints, and when it is killed. The file is a
+    list, valid after each entry. A resumed run continues from the entries that its checkpoint has.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.path = Path(args.output_dir, "log.json")
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text("[\n" + ",\n".join(json.dumps(entry) for entry in state.log_history) + _END)
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero and hasattr(self, "path"):  # not in an evaluation before training
+            *earlier, entry = state.log_history
+            with self.path.open("r+b") as file:
+                file.seek(-len(_END), os.SEEK_END)
+                file.write(((",\n" if earlier else "") + json.dumps(entry) + _END).encode())
 
 
 def _number(value: Any, digits: int = 4) -> str:
@@ -98,7 +122,7 @@ def write_summary(
     output_dir: str, before: dict[str, Any], after: dict[str, Any], history: Sequence[dict[str, Any]], **run: Any
 ) -> dict[str, Any]:
     """
-    Write `summary.json`, `log.json` with every metric of every logging step, and, with matplotlib, `curves.png`.
+    Write `summary.json`, and, with matplotlib, `curves.png`; `log.json` has every metric of every logging step.
 
     Returns the summary.
     """
@@ -115,7 +139,6 @@ def write_summary(
     }
     path = Path(output_dir)
     (path / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    (path / "log.json").write_text("[\n" + ",\n".join(json.dumps(entry) for entry in history) + "\n]\n")
     plot_curves(path / "curves.png", history, before, after)
     return summary
 

@@ -1,10 +1,12 @@
 """The arguments of `train_math.py`, apart from the script: `opo-trl train --help` loads no trainer."""
 
+import ast
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from trl import ModelConfig, ScriptArguments
 
-from .. import OPOConfig
 from ..data.layouts import INSTRUCTION
 from .command_line import ScriptParser
 from .devices import training_defaults
@@ -45,6 +47,10 @@ class MathScriptArguments(ScriptArguments):
             Problems must pass more often than this.
         max_pass_rate (`float`, *optional*, defaults to `1.0`):
             Problems must pass less often than this.
+        reward_funcs (`list[str]`, *optional*):
+            Reward functions: `math_verify_reward` (the default) and `boxed_format_reward` of this package;
+            `accuracy_reward`, `reasoning_accuracy_reward`, `think_format_reward` and `get_soft_overlong_punishment`
+            (with 1280 and 256 tokens) of TRL; or `module:function` of your own. `--reward_weights` weighs them.
         report (`bool`, *optional*, defaults to `False`):
             Measure held-out pass@1 before training and on the checkpoint loaded back, and write summary.json and
             curves.png. One process loads the complete model for it.
@@ -68,10 +74,37 @@ class MathScriptArguments(ScriptArguments):
     )
     min_pass_rate: float = field(default=0.0, metadata={"help": "Problems must pass more often than this."})
     max_pass_rate: float = field(default=1.0, metadata={"help": "Problems must pass less often than this."})
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Reward functions, math_verify_reward by default: boxed_format_reward; TRL's accuracy_reward, "
+            "reasoning_accuracy_reward, think_format_reward, get_soft_overlong_punishment (1280 and 256 tokens); or "
+            "module:function. --reward_weights weighs them."
+        },
+    )
     report: bool = field(default=False, metadata={"help": "Measure pass@1 before and after; write summary and plot."})
     report_samples: int = field(default=4, metadata={"help": "Completions per held-out problem in these."})
 
 
 def make_parser(**options: str) -> ScriptParser:
     """Make the parser of the script's command line; the options are those of `argparse.ArgumentParser`."""
+    from .. import OPOConfig  # TRL's configuration, which it extends, takes seconds to import
+
     return ScriptParser((MathScriptArguments, OPOConfig, ModelConfig), training_defaults, **options)
+
+
+def make_quick_parser(**options: str) -> ScriptParser:
+    """Make a parser without the fields of TRL's and transformers' configurations: it describes, and parses nothing."""
+    return ScriptParser((MathScriptArguments, own_fields_of_opo_config(), ModelConfig), **options)
+
+
+def own_fields_of_opo_config() -> Any:
+    """The fields that `OPOConfig` defines itself, as a class of its name, from its source: nothing is imported."""
+    source = Path(__file__).parents[1] / "config.py"
+    nodes = ast.parse(source.read_text(encoding="utf-8")).body
+    (definition,) = [node for node in nodes if isinstance(node, ast.ClassDef) and node.name == "OPOConfig"]
+    definition.bases = []
+    definition.body = [node for node in definition.body if isinstance(node, ast.AnnAssign)]
+    namespace = {"dataclass": dataclass, "field": field, "__name__": "opo_trl.config"}
+    exec(compile(ast.Module([definition], []), str(source), "exec"), namespace)
+    return namespace["OPOConfig"]

@@ -19,6 +19,10 @@ Add `--use_peft` for LoRA, and `--config file.yaml` to read arguments from a fil
 `examples/configs` has recipes for the paper's experiments). With `--push_to_hub`, a Hub that refuses is an error before
 anything loads; a push that fails later costs no file, and the exit status is 1.
 
+`--reward_funcs` takes other rewards than `math_verify_reward`: this package's, TRL's, or your own as `module:function`,
+summed with `--reward_weights`. `--report` measures pass@1 with math-verify all the same. Every metric is in `log.json`
+of the output directory as soon as it is logged.
+
 `--resume_from_checkpoint auto` resumes from the latest complete checkpoint in `--output_dir` if there is one, so that a
 job scheduler can repeat one command; `true` requires one, and a path names one.
 
@@ -46,13 +50,13 @@ from ..data import drop_by_pass_rate, drop_overlapping, hold_out
 from ..evaluation import pass_rates
 from ..evaluation.records_file import read_records
 from ..on_policy.preflight import check_model_directory, explain_missing_model
-from ..rewards import math_verify_reward
 from ..runs.hub import PushError, claim_repository
 from .devices import describe_choice
 from .policies import model_path
 from .problems import EMBEDDED_DATASET, fit_to_tokenizer, load_problems, parse_dataset
-from .reporting import ConsoleProgress, describe, measure, write_summary
+from .reporting import ConsoleProgress, RunLog, describe, measure, write_summary
 from .resuming import find_checkpoint
+from .reward_functions import check_prompts, check_weights, load_reward_functions, pass_at_k_name
 from .setup_phase import SetupPhase, on_all_ranks
 from .train_arguments import MathScriptArguments, make_parser
 
@@ -122,8 +126,11 @@ def load_tokenizer(model_name: str, revision: str, trust_remote_code: bool) -> P
 
 def load_inputs(
     script_args: MathScriptArguments, training_args: OPOConfig, model_args: ModelConfig
-) -> tuple[str, PreTrainedTokenizerBase, Dataset, Dataset | None]:
-    """Load problems and tokenizer, whose faults show before a model loads; the model is only named."""
+) -> tuple[str, PreTrainedTokenizerBase, Dataset, Dataset | None, list[Callable[..., Any]]]:
+    """Load problems, tokenizer and rewards, whose faults show before a model loads; the model is only named."""
+    functions = load_reward_functions(script_args.reward_funcs)
+    check_weights(functions, training_args.reward_weights)
+    training_args.pass_at_k_reward = pass_at_k_name(training_args.pass_at_k_reward, script_args.reward_funcs, functions)
     with_eval = training_args.eval_strategy != "no" or script_args.report
     train_dataset, eval_dataset = load_datasets(script_args, training_args.seed, with_eval)
     if model_args.model_name_or_path is None:
@@ -134,7 +141,8 @@ def load_inputs(
     model_name = model_path(model_args.model_name_or_path)
     tokenizer = load_tokenizer(model_name, model_args.model_revision, training_args.trust_remote_code)
     train_dataset = fit_to_tokenizer(train_dataset, tokenizer)
-    return model_name, tokenizer, train_dataset, eval_dataset and fit_to_tokenizer(eval_dataset, tokenizer)
+    check_prompts(functions, train_dataset[0]["prompt"])
+    return model_name, tokenizer, train_dataset, eval_dataset and fit_to_tokenizer(eval_dataset, tokenizer), functions
 
 
 def make_trainer(
@@ -142,10 +150,11 @@ def make_trainer(
     tokenizer: PreTrainedTokenizerBase,
     train_dataset: Dataset,
     eval_dataset: Dataset | None,
+    reward_funcs: list[Callable[..., Any]],
     training_args: OPOConfig,
     model_args: ModelConfig,
 ) -> OPOTrainer:
-    """Make the trainer, whose progress is one line per logging step."""
+    """Make the trainer, whose progress is one line per logging step, and whose log is a file."""
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
@@ -154,7 +163,7 @@ def make_trainer(
     }
     trainer = OPOTrainer(
         model=model_name,
-        reward_funcs=math_verify_reward,
+        reward_funcs=reward_funcs,
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset if training_args.eval_strategy != "no" else None,
@@ -165,6 +174,7 @@ def make_trainer(
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(ConsoleProgress)
+    trainer.add_callback(RunLog)
     return trainer
 
 
@@ -211,7 +221,7 @@ def main(arguments: list[str] | None = None, setup: SetupPhase | None = None) ->
     checkpoint = find_checkpoint(training_args, state)
     claim_repository(training_args)  # the trainer does so, too, but after the measurement of a report
 
-    model_name, tokenizer, train_dataset, eval_dataset = on_all_ranks(
+    model_name, tokenizer, train_dataset, eval_dataset, reward_funcs = on_all_ranks(
         state, lambda: load_inputs(script_args, training_args, model_args)
     )
     state.print(
@@ -219,6 +229,8 @@ def main(arguments: list[str] | None = None, setup: SetupPhase | None = None) ->
         f"{training_args.generation_batch_size // training_args.num_generations} x {training_args.num_generations} "
         "completions per step"
     )
+    if training_args.eval_strategy != "no" and training_args.pass_at_k_reward is None:
+        state.print("no eval_pass@k: --pass_at_k_reward names the reward whose value 1 means that an answer is correct")
 
     measure_pass_at_1 = partial(
         measure,
@@ -234,7 +246,7 @@ def main(arguments: list[str] | None = None, setup: SetupPhase | None = None) ->
     if before is not None:
         print(f"pass@1 before: {describe(before)}", flush=True)
 
-    trainer = make_trainer(model_name, tokenizer, train_dataset, eval_dataset, training_args, model_args)
+    trainer = make_trainer(model_name, tokenizer, train_dataset, eval_dataset, reward_funcs, training_args, model_args)
     trainer.add_callback(setup)
     trainer.train(resume_from_checkpoint=checkpoint)
     with suppress(PushError):  # raised again at the end, when everything else is done
