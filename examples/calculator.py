@@ -54,8 +54,8 @@ def reward(completions, solution, calls, log_metric, **kwargs):
     return math_verify_reward(completions, solution)
 
 
-settings = {"max_steps": 60, "logging_steps": 10, "save_strategy": "no", "report_to": "none"}
-settings |= {"num_generations": 8, "per_device_train_batch_size": 128, "learning_rate": 1e-4}
+settings = {"max_steps": 40, "logging_steps": 5, "save_strategy": "no", "report_to": "none"}
+settings |= {"num_generations": 8, "per_device_train_batch_size": 64, "learning_rate": 3e-4}
 settings |= {"use_cpu": True, "bf16": False, "gradient_checkpointing": False}  # on a GPU, remove this line
 problems = load_problems("arithmetic", "train", num_arithmetic=2_000)
 config = OPOConfig(output_dir="outputs/calculator", **settings)

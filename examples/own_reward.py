@@ -24,12 +24,12 @@ def different_characters(completions, **kwargs):
 
 config = OPOConfig(
     output_dir="outputs/own_reward",
-    max_steps=60,
-    learning_rate=1e-4,  # for 100,000 parameters; about 1e-6 for a larger model
+    max_steps=40,
+    learning_rate=3e-4,  # for 100,000 parameters; about 1e-6 for a larger model
     num_generations=8,  # completions per prompt, the group of a baseline
-    per_device_train_batch_size=128,  # completions per step: 16 prompts
+    per_device_train_batch_size=64,  # completions per step: 8 prompts
     max_completion_length=32,
-    logging_steps=10,
+    logging_steps=5,
     save_strategy="no",
     report_to="none",
     use_cpu=True,  # on a GPU, remove this line and the next two

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import json
 import re
 import runpy
 import signal
@@ -223,6 +224,7 @@ def test_sigterm_reaches_the_script_and_its_exit_status_comes_back(tmp_path):
             process.kill()
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     assert (checkpoint / "trainer_state.json").is_file()
+    assert len(json.loads((tmp_path / "run" / "log.json").read_text())) >= 3
 
 
 def test_an_unknown_command_is_refused(capsys):

@@ -128,7 +128,7 @@ def test_every_example_is_on_the_page():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "rise", "at_least"),
-    [("own_reward", 1.0, 15.0), ("own_baseline", 0.1, 0.5), ("calculator", 0.2, 0.85), ("pictures", 0.4, 0.85)],
+    [("own_reward", 1.0, 15.0), ("own_baseline", 0.1, 0.5), ("calculator", 0.2, 0.85), ("pictures", 0.4, 0.65)],
 )
 def test_an_example_learns(name, rise, at_least, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
@@ -149,5 +149,5 @@ def test_the_notebook_runs_in_a_kernel(tmp_path):
     (table,) = [
         output.text for cell in notebook.cells for output in cell.get("outputs", []) if "grad_norm" in str(output)
     ]
-    rewards = [float(line.split()[1]) for line in table.splitlines() if re.match(r" +\d+/60 ", line)]
+    rewards = [float(line.split()[1]) for line in table.splitlines() if re.match(r" +\d+/40 ", line)]
     assert rewards[-1] > rewards[0] + 0.1
