@@ -22,7 +22,7 @@ class LeaveOneOutTrainer(OPOTrainer):
 config = OPOConfig(
     output_dir="outputs/own_baseline",
     max_steps=40,
-    learning_rate=3e-4,  # for 100,000 parameters; about 1e-6 for a larger model
+    learning_rate=1e-4,  # for 100,000 parameters; about 1e-6 for a larger model
     num_generations=8,  # completions per problem, the group of a baseline
     per_device_train_batch_size=64,  # completions per step: 8 problems
     max_completion_length=32,
