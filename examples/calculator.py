@@ -1,10 +1,10 @@
 """Tools in several turns: the policy stops at every `=`, and a calculator writes the result for it.
 
-    python examples/calculator.py    # two minutes on a CPU
+    python examples/calculator.py    # a minute on a CPU
 
 `rollout_func` samples turn by turn, and `env_mask` marks what the calculator wrote: it is attended to, but neither
 trained nor counted in a completion's length. The calculator makes work in steps right, so the policy learns to call it:
-the reward goes from about 0.6 to above 0.9, and calls per completion from about 1 to about 2.
+the reward goes from about 0.6 to about 0.9, and calls per completion from about 1 to about 2.
 """
 
 import re

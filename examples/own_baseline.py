@@ -2,13 +2,14 @@
 
     python examples/own_baseline.py    # a minute on a CPU
 
-With the tiny policy, the reward (share of correct sums) goes from about 0.4 to about 0.6.
+With the tiny policy, the reward (different characters per completion) goes from about 14 to about 18.
 """
 
+from datasets import Dataset
+
 from opo_trl import OPOConfig, OPOTrainer
-from opo_trl.rewards import math_verify_reward
+from opo_trl.scripts.arithmetic import load_arithmetic
 from opo_trl.scripts.policies import model_path
-from opo_trl.scripts.problems import load_problems
 
 
 class LeaveOneOutTrainer(OPOTrainer):
@@ -19,12 +20,16 @@ class LeaveOneOutTrainer(OPOTrainer):
         return scored * (rewards.sum(dim=1, keepdim=True) - rewards) / others
 
 
+def different_characters(completions, **kwargs):
+    return [float(len(set(completion))) for completion in completions]
+
+
 config = OPOConfig(
     output_dir="outputs/own_baseline",
     max_steps=40,
-    learning_rate=1e-4,  # for 100,000 parameters; about 1e-6 for a larger model
-    num_generations=8,  # completions per problem, the group of a baseline
-    per_device_train_batch_size=64,  # completions per step: 8 problems
+    learning_rate=3e-4,  # for 100,000 parameters; about 1e-6 for a larger model
+    num_generations=8,  # completions per prompt, the group of a baseline
+    per_device_train_batch_size=64,  # completions per step: 8 prompts
     max_completion_length=32,
     logging_steps=5,
     save_strategy="no",
@@ -33,8 +38,8 @@ config = OPOConfig(
     bf16=False,
     gradient_checkpointing=False,
 )
-problems = load_problems("arithmetic", "train", num_arithmetic=2_000)
-trainer = LeaveOneOutTrainer(model_path("tiny_policy"), math_verify_reward, config, problems)
+prompts = Dataset.from_dict({"prompt": load_arithmetic("train", 2_000)["problem"]})
+trainer = LeaveOneOutTrainer(model_path("tiny_policy"), different_characters, config, prompts)
 trainer.train()
 rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
 print(f"reward: {rewards[0]:.2f} in the first steps, {rewards[-1]:.2f} in the last")

@@ -2,7 +2,7 @@
 
     python examples/own_reward.py [MODEL]    # a minute on a CPU
 
-With the tiny policy, the reward (different characters per completion) goes from about 7 to above 9.
+With the tiny policy, the reward (different characters per completion) goes from about 14 to about 18.
 """
 
 import sys

@@ -237,7 +237,7 @@ def test_rewards_of_the_command_line(tmp_path, chat_model_dir, gsm8k, monkeypatc
         "--per_device_eval_batch_size", 4)  # fmt: skip
     logged = {name: value for entry in log_of(output) for name, value in entry.items()}
     assert logged["rewards/boxed_format_reward/mean"] == logged["rewards/accuracy_reward/mean"] == 0
-    assert logged["rewards/get_soft_overlong_punishment/mean"] == 0
+    assert logged["rewards/soft_overlong_punishment_reward/mean"] == 0
     assert logged["reward"] == pytest.approx(2 * logged["rewards/length/mean"])
     assert logged["eval_pass@1"] == pytest.approx(logged["eval_rewards/length/mean"])
     assert "no eval_pass@k" not in capsys.readouterr().out

@@ -93,7 +93,7 @@ def make_parser(**options: str) -> ScriptParser:
     return ScriptParser((MathScriptArguments, OPOConfig, ModelConfig), training_defaults, **options)
 
 
-def make_quick_parser(**options: str) -> ScriptParser:
+def make_quick_parser(**options: Any) -> ScriptParser:
     """Make a parser without the fields of TRL's and transformers' configurations: it describes, and parses nothing."""
     return ScriptParser((MathScriptArguments, own_fields_of_opo_config(), ModelConfig), **options)
 
