@@ -79,7 +79,7 @@ test-build: build
 	$(BUILD_VENV)/bin/python -m pip install --quiet --constraint constraints.txt dist/*.whl
 	$(BUILD_VENV)/bin/python -m pip install --quiet --constraint constraints.txt markdown-it-py
 	$(BUILD_VENV)/bin/python -Wignore tests/code_blocks.py README.md
-	$(BUILD_VENV)/bin/python -m pip install --quiet --constraint constraints.txt "$$(echo dist/*.whl)[dev,evaluate,plot,wandb]"
+	$(BUILD_VENV)/bin/python -m pip install --quiet --constraint constraints.txt "$$(echo dist/*.whl)[dev,evaluate,plot,report,wandb]"
 	$(BUILD_VENV)/bin/python tests/check_distributions.py dist
 
 # Not with --quiet: mkdocs then does not count its warnings, and is not strict.
@@ -106,7 +106,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), 'Python 3.11 or newer is needed, this is ' + sys.version"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(TORCH)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[evaluate,wandb,plot,dev,docs]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[evaluate,wandb,plot,report,dev,docs]"
 	touch $@
 
 # DeepSpeed is built against the torch that is there, so it comes after it and without build isolation.

@@ -23,7 +23,7 @@ TESTED = dict(re.findall(r"^(\S+)==(\S+)$", (ROOT / "constraints.txt").read_text
 def lowest() -> list[str]:
     extras = [
         requirement
-        for extra in ("evaluate", "wandb", "plot")
+        for extra in ("evaluate", "wandb", "plot", "report")
         for requirement in PROJECT["optional-dependencies"][extra]
     ]
     floors = {

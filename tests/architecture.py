@@ -20,14 +20,15 @@ LAYERS: dict[str, set[str]] = {
     "update": set(),
     "rollouts": {"algorithm"},
     "runs": set(),
+    "report": {"algorithm"},
     "rewards": set(),
     "data": {"rewards"},
     "evaluation": set(),
     "baselines": {"algorithm"},
     "config": {"on_policy", "runs"},
-    "trainer": {"algorithm", "config", "evaluation", "on_policy", "rollouts", "runs", "update"},
+    "trainer": {"algorithm", "config", "evaluation", "on_policy", "report", "rollouts", "runs", "update"},
     "__init__": {"config", "runs", "trainer"},
-    "scripts": {"__init__", "config", "data", "evaluation", "on_policy", "rewards", "runs"},
+    "scripts": {"__init__", "config", "data", "evaluation", "on_policy", "report", "rewards", "runs"},
 }
 TABLE, TREE = ROOT / "docs" / "design.md", ROOT / "README.md"
 

@@ -223,6 +223,17 @@ def test_metrics_and_logs(tmp_path):
     assert isinstance(trainer._logs["advantages"], deque)
 
 
+def test_extra_columns_of_the_completions_table(tmp_path):
+    """`LoggedCompletions` logs one per rank before the rewards are gathered, and those of all ranks afterwards."""
+    trainer = scripted_trainer(tmp_path)
+    assert parameters(GRPOTrainer._log_completion_extra) == ["self", "column", "values"]
+    assert parameters(GRPOTrainer._calculate_rewards)[-1] == "completion_ids_list"
+    trainer._log_completion_extra("column", [1])
+    assert trainer._pending_extra_logs["column"] == [1]
+    assert isinstance(trainer._logs["extra"]["new"], deque)
+    assert trainer.eos_token_ids == [trainer.processing_class.eos_token_id]
+
+
 def test_attributes_that_the_parent_sets(tmp_path):
     trainer = scripted_trainer(tmp_path, temperature=0.6)
     assert trainer.num_generations == trainer.num_generations_eval == GROUP_SIZE
@@ -308,6 +319,7 @@ def test_every_field_of_the_installed_grpo_config_is_judged():
 TRAINERS = {
     "trainer.py",
     "on_policy/on_policy_checks.py",
+    "report/logged_completions.py",
     "rollouts/step_rollouts.py",
     "update/planned_updates.py",
     "runs/measured_phases.py",

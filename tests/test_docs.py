@@ -26,7 +26,7 @@ from code_blocks import read_blocks, run_python
 from opo_trl import OPOConfig, data
 from opo_trl.config import _CONTRACT
 from opo_trl.rewards import math_verify_reward
-from opo_trl.scripts import cli, evaluate_math, train_math
+from opo_trl.scripts import cli, evaluate_math, report_run, train_math
 from pages import PAGES, ROOT, anchors, links, page, tables, the_table
 from tiny import scripted_dataset, scripted_reward, scripted_trainer
 
@@ -122,6 +122,9 @@ def check_command(words, only_parse):
         given = [word for word in words[1:] if "=" not in word]
         assert given, words
         assert set(given) <= set(targets), words
+        return
+    if words[:2] == ["opo-trl", "report"]:  # runs without accelerate
+        report_run.make_parser().parse_args(words[2:])
         return
     script, arguments = script_of(words)
     if script == "examples/train_math.py":

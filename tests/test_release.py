@@ -16,7 +16,12 @@ from conftest import ROOT
 SOURCE = ROOT / "src" / "opo_trl"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 REQUIREMENTS = [Requirement(line) for line in PROJECT["dependencies"]]
-FEATURES = ("evaluate", "plot", "wandb")  # extras whose packages the package imports, inside of functions alone
+FEATURES = (
+    "evaluate",
+    "plot",
+    "report",
+    "wandb",
+)  # extras whose packages are imported, inside of functions alone
 EXTRAS = [Requirement(line) for extra in FEATURES for line in PROJECT["optional-dependencies"][extra]]
 OPTIONAL = {"vllm"}  # comes with TRL's extra
 

@@ -45,6 +45,7 @@ def test_any_model_directory_trains_saves_and_resumes(tmp_path, request, gsm8k, 
     assert "8 problems to train on, 4 held out, 2 x 2 completions per step" in printed
     assert "2/2 " in printed
     assert "held-out reward" in printed
+    assert f"report written to {output / 'report.html'}\n" in printed
     state = json.loads((output / "checkpoint-2" / "trainer_state.json").read_text())
     assert state["global_step"] == 2
     run(*common, "--max_steps", 3, "--save_steps", 1, "--resume_from_checkpoint", "true")

@@ -114,6 +114,10 @@ class OPOConfig(GRPOConfig):
         vllm_logp_tolerance (`float`, *optional*, defaults to `0.1`):
             Largest mean absolute difference, in nats per token, between the log-probabilities of vLLM and of the policy
             that the self-test before the first step accepts. `None` skips the self-test.
+        log_token_logps (`bool`, *optional*, defaults to `False`):
+            With `log_completions=True`: add the text and the log-probability of each token to the completions table, as
+            columns `opo/tokens` and `opo/token_logps`. They are those of the update and cost no forward pass, but the
+            table grows about tenfold. A completion that the update leaves out because its advantage is 0 has none.
         pass_at_k_reward (`str`, *optional*):
             Name of the reward function whose value 1 means that a completion is correct. Evaluation then logs
             `eval_pass@1` to `eval_pass@K` of its `num_generations_eval` = K completions per problem. `None` takes
@@ -178,6 +182,10 @@ class OPOConfig(GRPOConfig):
     vllm_logp_tolerance: float | None = field(
         default=0.1,
         metadata={"help": "Nats by which vLLM may differ from the policy before the first step; None: no self-test."},
+    )
+    log_token_logps: bool = field(
+        default=False,
+        metadata={"help": "Add tokens and their log-probabilities to the completions table (log_completions=True)."},
     )
     pass_at_k_reward: str | None = field(
         default=None,
@@ -271,6 +279,11 @@ class OPOConfig(GRPOConfig):
                 f"`length_exponent` is a power of the length, got {self.length_exponent!r} with "
                 f"`baseline_weight={self.baseline_weight!r}`. Leave `length_exponent` out, or use "
                 "`baseline_weight='length'`."
+            )
+        if self.log_token_logps and not self.log_completions:
+            raise ValueError(
+                "`log_token_logps=True` adds columns to the completions table: `log_completions` must be True, got "
+                "False. Set `log_completions=True`, or leave `log_token_logps` out."
             )
         self._check_refilling()
         self._check_prompt_sampling()

@@ -17,6 +17,7 @@ from .evaluation.pass_at_k import CorrectCompletions
 from .on_policy.on_policy_checks import OnPolicyChecks
 from .on_policy.preflight import check_arguments, pass_at_k_reward
 from .on_policy.rollout_position import check_rollout_size
+from .report.logged_completions import LoggedCompletions
 from .rollouts.rounds import Round
 from .rollouts.step_rollouts import StepRollouts
 from .runs.measured_phases import MeasuredPhases
@@ -26,7 +27,9 @@ from .update.planned_updates import PlannedUpdates
 from .update.rollout_batch import loss_mask
 
 
-class OPOTrainer(OnPolicyChecks, StepRollouts, PlannedUpdates, MeasuredPhases, ReliableRuns, GRPOTrainer):
+class OPOTrainer(
+    OnPolicyChecks, StepRollouts, PlannedUpdates, LoggedCompletions, MeasuredPhases, ReliableRuns, GRPOTrainer
+):
     r"""
     Trainer for OPO, On-Policy RL with Optimal reward baseline ([arXiv
     2505.23585](https://huggingface.co/papers/2505.23585)).
@@ -89,7 +92,6 @@ class OPOTrainer(OnPolicyChecks, StepRollouts, PlannedUpdates, MeasuredPhases, R
 
     args: OPOConfig
     model: Any
-    _logs: dict[str, Any]
 
     _tag_names = ["trl", "opo"]
     _name = "OPO"
@@ -206,10 +208,7 @@ class OPOTrainer(OnPolicyChecks, StepRollouts, PlannedUpdates, MeasuredPhases, R
         lengths = self.accelerator.gather(loss_mask(batch).sum(dim=1)).view_as(rewards)  # (P, K)
         rollout = estimate_advantages(rewards, lengths, self._weights(batch, rewards, lengths), self.baseline)
         batch["advantages"] = rollout.advantages_of(self._rows_of_rank(batch), batch["completion_ids"].size(1))
-        logged, shown = self._logs["advantages"], rollout.completion_advantages.flatten().tolist()
-        for _ in range(min(len(logged), len(shown))):  # the parent has just logged GRPO's advantages
-            logged.pop()
-        logged.extend(shown)
+        self._log_rollout(rollout)
         return Round(batch, rollout, rewards_per_func)
 
     def _rows_of_rank(self, batch: dict[str, Any]) -> slice:
@@ -257,6 +256,7 @@ class OPOTrainer(OnPolicyChecks, StepRollouts, PlannedUpdates, MeasuredPhases, R
         for reduction, name, values, counted in [] if correction is None else correction.metrics(mask):
             self._statistics.add(reduction, name, values, counted)
         self._statistics.add("mean", "entropy", entropies.detach(), mask)
+        self._log_logps(inputs, logps, mask)
         if mode == "eval" or self.accelerator.sync_gradients:  # the last micro-batch of the step
             for name, value in self._statistics.reduce(self.accelerator.gather).items():
                 self._metrics[mode][name].append(value)

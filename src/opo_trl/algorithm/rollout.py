@@ -47,6 +47,14 @@ class Rollout:
         tokens = torch.arange(self.advantages.size(2), device=self.lengths.device) < self.lengths.unsqueeze(2)
         return (self.advantages * tokens).sum(dim=2) / self.lengths.clamp(min=1)
 
+    @property
+    def completion_baselines(self) -> torch.Tensor:  # (P, K)
+        """Baseline of each completion: the mean over its trainable tokens where these have their own."""
+        if self.baseline.ndim == 2:
+            return self.baseline.expand_as(self.rewards)
+        tokens = torch.arange(self.baseline.size(2), device=self.lengths.device) < self.lengths.unsqueeze(2)
+        return (self.baseline * tokens).sum(dim=2) / self.lengths.clamp(min=1)
+
     def advantages_of(self, rows: slice, width: int) -> torch.Tensor:  # (N,) or (N, width)
         """Advantages of some of the P * K completions, at most `width` tokens of each where tokens have their own."""
         advantages = self.advantages.flatten(0, 1)[rows]

@@ -3,6 +3,7 @@ The command `opo-trl`: the scripts under `accelerate launch`, as `trl grpo` runs
 
     opo-trl train --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct --dataset_name openai/gsm8k --num_processes 8
     opo-trl evaluate --models outputs/gsm8k --datasets openai/gsm8k:test:main --output_dir outputs/evaluation
+    opo-trl report outputs/gsm8k
 
 Arguments of `accelerate launch` and of the script may be mixed. Modules that take seconds to import are imported where
 they are needed, so that `opo-trl --help` and `opo-trl --version` return at once.
@@ -27,6 +28,7 @@ COMMANDS = {
     "train": ("Train a language model with OPO.", "train_math", "train_arguments"),
     "evaluate": ("Measure pass@k, maj@k, diversity and length of models.", "evaluate_math", "evaluation_arguments"),
 }
+REPORT = "Write curves, times and completions of a run into one HTML file."  # runs in this process, without accelerate
 
 # Arguments of `accelerate launch` that go to the script all the same: the script has its own of that name, or this
 # command decides them.
@@ -53,10 +55,15 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
     for name, (description, _, _) in COMMANDS.items():
         commands.add_parser(name, help=description, add_help=False)
+    commands.add_parser("report", help=REPORT, add_help=False)
     command = parser.parse_args(arguments[:1]).command
     if command is None:
         parser.print_help()
         return 0
+    if command == "report":
+        from .report_run import main as report
+
+        return report(arguments[1:], prog="opo-trl report", description=REPORT)
     if {"-h", "--help"} & set(arguments[1:]):
         print_help(command, prog=f"opo-trl {command}", description=f"{COMMANDS[command][0]} {MIXED}")
         return 0

@@ -54,6 +54,7 @@ from ..runs.hub import PushError, claim_repository
 from .devices import describe_choice
 from .policies import model_path
 from .problems import EMBEDDED_DATASET, fit_to_tokenizer, load_problems, parse_dataset
+from .report_run import report_at_end
 from .reporting import ConsoleProgress, RunLog, describe, measure, write_summary
 from .resuming import find_checkpoint
 from .reward_functions import check_prompts, check_weights, load_reward_functions, pass_at_k_name
@@ -262,6 +263,8 @@ def main(arguments: list[str] | None = None, setup: SetupPhase | None = None) ->
         name = script_args.dataset_name
         trainer.push_to_hub(dataset_name="generated arithmetic" if name == EMBEDDED_DATASET else name)
         trainer.accelerator.print(f"pushed to https://huggingface.co/{trainer.hub_model_id}")
+    if trainer.accelerator.is_main_process:
+        report_at_end(training_args.output_dir)  # after the push: a report of megabytes belongs to no model repository
     trainer.end()
     return summary
 

@@ -13,6 +13,7 @@ ROW_TENSORS = (
     "advantages",
     "tool_mask",
     "sampling_per_token_logps",
+    "log_row",
 )
 SCALARS = ("num_items_in_batch", "loss_normalizer")
 

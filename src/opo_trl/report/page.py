@@ -1,0 +1,220 @@
+"""Writes the report: one HTML file with its data and its scripts inside, which loads nothing from anywhere."""
+
+import html
+import json
+import re
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from .charts import arrange
+from .findings import RULES, Evidence, find
+from .groups import Completion, Group, finite, group_rows
+from .metrics import metric_series
+from .run_files import HOW_TO_LOG_COMPLETIONS, RunFiles, choose_steps, read_run
+
+FILE_NAME = "report.html"
+MAX_COMPLETIONS = 10_000
+_MISSING = (
+    "The report needs the package {name}, which is not installed. Install it, or the extra `report`: pip install "
+    "plotly pyarrow."
+)
+
+
+def write_report(
+    run_dir: str | Path,
+    output: str | Path | None = None,
+    *,
+    max_completions: int = MAX_COMPLETIONS,
+    steps: Iterable[int] = (),
+) -> Path:
+    """
+    Write a report of a run, of [`OPOTrainer`] or any [`~trl.GRPOTrainer`], from the files in its `output_dir`.
+
+    Args:
+        run_dir (`str` or `Path`):
+            `output_dir` of the run.
+        output (`str` or `Path`, *optional*):
+            File to write; by default `report.html` in `run_dir`.
+        max_completions (`int`, *optional*, defaults to `10000`):
+            With more completions than this, the report has those of evenly spaced steps, with the first and the last.
+        steps (`Iterable[int]`, *optional*):
+            Have the completions of these steps instead.
+
+    Returns:
+        `Path`: The file that was written.
+
+    Raises:
+        ValueError: If there is no such run, it has logged nothing, or `steps` has one without completions.
+        ImportError: If plotly or pyarrow, which the extra `report` brings, is not installed.
+
+    Example:
+
+    ```python
+    >>> from opo_trl.report import write_report
+
+    >>> write_report("outputs/quickstart")
+    PosixPath('outputs/quickstart/report.html')
+    ```
+    """
+    if max_completions < 1:
+        raise ValueError(f"max_completions must be at least 1, got {max_completions}. Leave it out for 10000.")
+    run = read_run(run_dir)
+    output = Path(output) if output is not None else run.directory / FILE_NAME
+    if not output.parent.is_dir():
+        raise ValueError(f"The directory of the output file must exist, got {str(output)!r}. Create it first.")
+    library = _plotly()
+    content = describe(run, max_completions, steps)
+    output.write_text(render(content, library), encoding="utf-8")
+    return output
+
+
+def describe(run: RunFiles, max_completions: int = MAX_COMPLETIONS, steps: Iterable[int] = ()) -> dict[str, Any]:
+    """Everything that the report of a run shows, as JSON has it."""
+    groups, facts, notes = _read_groups(run, max_completions, steps)
+    metrics = metric_series(run.log)
+    evidence = Evidence(metrics, groups)
+    if not metrics:
+        notes.append(
+            "This run has no log. Call `trainer.save_state()` at the end of training, or save a checkpoint, for curves."
+        )
+    functions = list(dict.fromkeys(name for group in groups for each in group.completions for name in each.rewards))
+    trained_known = any(each.reward is not None for group in groups for each in group.completions)
+    return {
+        "title": run.directory.resolve().name,
+        "facts": [*_run_facts(run), *facts],
+        "notes": notes,
+        "findings": [finding._asdict() for finding in find(evidence)],
+        "rules": [rule.text for rule in RULES],
+        "metrics": {name: series._asdict() for name, series in metrics.items()},
+        "sections": [
+            {
+                "title": section.title,
+                "charts": [
+                    {**chart._asdict(), "lines": [line._asdict() for line in chart.lines]} for chart in section.charts
+                ],
+            }
+            for section in arrange(metrics)
+        ],
+        **_table_content(groups, functions, trained_known),
+    }
+
+
+def render(content: dict[str, Any], library: str) -> str:
+    """Put the content, the styles and the scripts into the page. No text of a completion is markup there."""
+    folder = Path(__file__).parent
+    data = json.dumps(content, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    parts = {
+        "TITLE": html.escape(content["title"]),
+        "STYLE": (folder / "report.css").read_text(encoding="utf-8"),
+        "LIBRARY": library.replace("</script", "<\\/script"),
+        "DATA": data,
+        "SCRIPT": (folder / "report.js").read_text(encoding="utf-8"),
+    }
+    template = (folder / "report.html").read_text(encoding="utf-8")
+    return re.sub(r"@(TITLE|STYLE|LIBRARY|DATA|SCRIPT)@", lambda match: parts[match[1]], template)
+
+
+def _read_groups(
+    run: RunFiles, max_completions: int, steps: Iterable[int]
+) -> tuple[list[Group], list[tuple[str, str]], list[str]]:
+    """Groups of the chosen steps, with what to say about the choice."""
+    steps = list(steps)
+    if not run.tables:
+        choose_steps({}, max_completions, steps)
+        return [], [], [HOW_TO_LOG_COMPLETIONS]
+    parquet = _parquet()
+    sizes = {step: parquet.read_metadata(path).num_rows for step, path in run.tables.items()}
+    chosen = choose_steps(sizes, max_completions, steps)
+    groups = list(
+        chain.from_iterable(
+            group_rows(parquet.read_table(run.tables[step]).to_pylist(), run.reward_names) for step in chosen
+        )
+    )
+    shown, total = sum(sizes[step] for step in chosen), sum(sizes.values())
+    of_all = "" if shown == total else f" (of {total} at {len(sizes)} steps)"
+    return groups, [("completions", f"{shown} at {len(chosen)} step{'s' * (len(chosen) != 1)}{of_all}")], []
+
+
+def _run_facts(run: RunFiles) -> list[tuple[str, str]]:
+    last = max((entry.get("step", 0) for entry in run.log), default=None)
+    facts = [] if last is None else [("last logged step", f"{last}{f' of {run.max_steps}' if run.max_steps else ''}")]
+    if run.reward_names:
+        facts.append(("reward functions", ", ".join(run.reward_names)))
+    seconds = next((entry["train_runtime"] for entry in reversed(run.log) if "train_runtime" in entry), None)
+    if seconds is not None:
+        facts.append(("training time", f"{seconds:.0f} s"))
+    if run.log_file is not None:
+        facts.append(("log", str(run.log_file.relative_to(run.directory))))
+    return facts
+
+
+def _table_content(groups: Sequence[Group], functions: Sequence[str], trained_known: bool) -> dict[str, Any]:
+    completions = [completion for group in groups for completion in group.completions]
+    # By what all_wrong and all_equal are judged: the trained reward, and each function where there are several.
+    judges: list[str | None] = [None] if trained_known or not functions else []
+    judges += [name for name in functions if len(functions) > 1]
+    return {
+        "functions": functions,
+        "judges": ["reward" if judge is None else judge for judge in judges],
+        "extras": list(dict.fromkeys(name for completion in completions for name in completion.extra)),
+        "has": {
+            "reward": trained_known,
+            "advantage": any(completion.advantage is not None for completion in completions),
+            "length": any(completion.length is not None for completion in completions),
+            "baseline": any(completion.baseline is not None for completion in completions),
+            "truncated": any(completion.truncated is not None for completion in completions),
+            "logps": any(completion.logps is not None for completion in completions),
+        },
+        "groups": [
+            {
+                "step": group.step,
+                "split": group.split,
+                "prompt": group.prompt,
+                "all_wrong": [group.all_wrong(judge) for judge in judges],
+                "all_equal": [group.all_equal(judge) for judge in judges],
+                "rows": [_row(completion, functions) for completion in group.completions],
+            }
+            for group in groups
+        ],
+    }
+
+
+def _row(completion: Completion, functions: Sequence[str]) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "messages": completion.messages,
+        "rewards": [completion.rewards.get(name) for name in functions],
+        "reward": completion.reward,
+        "advantage": completion.advantage,
+        "length": completion.length,
+        "baseline": completion.baseline,
+        "truncated": completion.truncated,
+        "unscorable": completion.unscorable,
+        "extra": {name: str(value) for name, value in completion.extra.items() if value is not None},
+    }
+    if completion.tokens is not None and completion.logps is not None:
+        row |= {"tokens": completion.tokens, "logps": [_rounded(value) for value in completion.logps]}
+    return row
+
+
+def _rounded(value: float | None) -> float | None:
+    known = finite(value)
+    return None if known is None else round(known, 4)
+
+
+def _plotly() -> str:
+    """The source of plotly.js that the package plotly brings."""
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError as error:
+        raise ImportError(_MISSING.format(name="plotly")) from error
+    return str(get_plotlyjs())
+
+
+def _parquet() -> Any:
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ImportError(_MISSING.format(name="pyarrow")) from error
+    return parquet

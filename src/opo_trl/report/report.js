@@ -1,0 +1,326 @@
+"use strict";
+// Texts of a run enter the page through textContent alone, so none of them can become markup.
+(() => {
+  const data = JSON.parse(document.getElementById("data").textContent);
+  const byId = (id) => document.getElementById(id);
+  const PER_PAGE = 96; // completions; a page ends with a complete group
+
+  function element(tag, className, ...children) {
+    const made = document.createElement(tag);
+    if (className) made.className = className;
+    made.append(...children);
+    return made;
+  }
+
+  // A sentence in which `code` stands between backticks.
+  function sentence(text) {
+    const parts = text.split("`").map((part, i) => (i % 2 ? element("code", "", part) : part));
+    return element("span", "", ...parts);
+  }
+
+  function number(value) {
+    if (value === null || value === undefined) return "–";
+    return String(Number(Math.abs(value) < 100 ? value.toPrecision(3) : value.toFixed(1)));
+  }
+
+  // ---- Header, findings, notes
+
+  data.facts.forEach(([name, value]) =>
+    byId("facts").append(element("div", "", element("dt", "", name), element("dd", "", value))));
+
+  function showFindings() {
+    data.findings.forEach((finding) => {
+      const card = element("div", "finding", element("strong", "", finding.title), sentence(finding.text));
+      if (finding.filter && FILTERS.some((filter) => filter.id === finding.filter)) {
+        const button = element("button", "", "Show these completions");
+        button.type = "button";
+        button.addEventListener("click", () => {
+          Object.assign(state, { filters: new Set([finding.filter]), step: "", split: "", query: "", page: 0 });
+          showCompletions();
+          byId("completions").scrollIntoView();
+        });
+        card.append(element("div", "", button));
+      }
+      byId("findings").append(card);
+    });
+    if (!data.findings.length) byId("findings").append(element("p", "nothing", "Nothing stands out by the rules."));
+    const rules = element("ul", "", ...data.rules.map((rule) => element("li", "", rule)));
+    byId("findings").append(element("details", "", element("summary", "", "The rules"), rules));
+    data.notes.forEach((note) => byId("notes").append(element("p", "note", sentence(note))));
+  }
+
+  // ---- Charts
+
+  const style = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
+  const drawn = [];
+
+  const allZero = (chart) => chart.lines.every(({ metric }) => data.metrics[metric].values.every((value) => !value));
+
+  function layout(chart) {
+    const axis = { gridcolor: style("line"), zerolinecolor: style("line"), linecolor: style("line"), automargin: true };
+    return {
+      title: { text: chart.title, x: 0.02, xanchor: "left", y: 0.96, yanchor: "top", font: { size: 14 } },
+      font: { color: style("text"), family: "system-ui, sans-serif", size: 12 },
+      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+      margin: { l: 48, r: 14, t: 44, b: 38 },
+      xaxis: { ...axis, title: { text: "optimizer step", standoff: 6, font: { size: 11 } } },
+      yaxis: { ...axis, title: { text: chart.unit, standoff: 6, font: { size: 11 } },
+        exponentformat: "power", ...(allZero(chart) ? { range: [-0.05, 1] } : {}) },
+      barmode: "stack", bargap: 0.15,
+      showlegend: chart.lines.length > 1,
+      legend: { orientation: "h", x: 1, xanchor: "right", y: 1.02, yanchor: "bottom", font: { size: 11 }, traceorder: "normal" },
+      hovermode: "x unified",
+      hoverlabel: { bgcolor: style("card"), bordercolor: style("line"), font: { color: style("text") } },
+    };
+  }
+
+  function traces(chart) {
+    return chart.lines.map(({ metric, label, color }) => {
+      const { steps, values } = data.metrics[metric];
+      const shade = style(color) || style("other");
+      const shared = { x: steps, y: values, name: label, meta: metric };
+      if (chart.stacked) return { ...shared, type: "bar", marker: { color: shade } };
+      return { ...shared, type: "scatter", mode: steps.length > 60 ? "lines" : "lines+markers",
+        line: { color: shade, width: 2 }, marker: { color: shade, size: 5 } };
+    });
+  }
+
+  function draw(box, chart) {
+    const options = { displaylogo: false, responsive: true, displayModeBar: false };
+    window.Plotly.newPlot(box, traces(chart), layout(chart), options).then(() => {
+      box.on("plotly_click", (event) => showStep(event.points[0].x));
+    });
+    drawn.push([box, chart]);
+  }
+
+  function showSection(section, collapsed) {
+    const boxes = section.charts.map(() => element("div", "chart"));
+    const grid = element("div", "grid", ...boxes);
+    const drawAll = () => section.charts.forEach((chart, i) => draw(boxes[i], chart));
+    if (!collapsed) {
+      byId("charts").append(element("section", "", element("h2", "", section.title), grid));
+      drawAll();
+      return;
+    }
+    const heading = element("h2", "", `${section.title} (${section.charts.length})`);
+    const details = element("details", "", element("summary", "", heading), grid);
+    details.addEventListener("toggle", drawAll, { once: true }); // drawn when it is opened for the first time
+    byId("charts").append(details);
+  }
+
+  function showStep(step) {
+    const logged = [...new Set(data.groups.map((group) => group.step))];
+    if (!logged.length) return;
+    state.step = String(logged.reduce((best, each) => (Math.abs(each - step) < Math.abs(best - step) ? each : best)));
+    state.page = 0;
+    showCompletions();
+    byId("completions").scrollIntoView();
+  }
+
+  // ---- Theme
+
+  function setTheme(theme) {
+    document.documentElement.dataset.theme = theme;
+    byId("theme").textContent = theme === "dark" ? "Light theme" : "Dark theme";
+    drawn.forEach(([box, chart]) => window.Plotly.react(box, traces(chart), layout(chart)));
+  }
+
+  byId("theme").addEventListener("click", () =>
+    setTheme(document.documentElement.dataset.theme === "dark" ? "light" : "dark"));
+
+  // ---- Completions
+
+  const FILTERS = [
+    { id: "all_wrong", label: "all wrong", of: (group) => group.all_wrong[state.judge],
+      help: "Groups in which no completion has a reward above 0" },
+    { id: "all_equal", label: "all equal", of: (group) => group.all_equal[state.judge],
+      help: "Groups in which all completions have the same reward" },
+    { id: "truncated", label: "truncated", of: (group, row) => row.truncated === true, shown: data.has.truncated,
+      help: "Completions that reach max_completion_length without an end-of-sequence token" },
+    { id: "unscorable", label: "unscorable", of: (group, row) => row.unscorable,
+      help: "Completions for which every reward function returned None" },
+  ].filter((filter) => filter.shown !== false);
+
+  const state = { step: "", split: "", judge: 0, filters: new Set(), query: "", page: 0 };
+  let count = 0;
+  data.groups.forEach((group) => group.rows.forEach((row) => { row.index = count++; }));
+
+  const textOf = (messages) => messages.map(([, text]) => text).join("\n").toLowerCase();
+  const selected = (group) =>
+    (!state.step || group.step === Number(state.step)) && (!state.split || group.split === state.split);
+
+  function matches(group, row, query) {
+    for (const filter of FILTERS) if (state.filters.has(filter.id) && !filter.of(group, row)) return false;
+    if (!query) return true;
+    group.text ??= textOf(group.prompt);
+    row.text ??= textOf(row.messages);
+    return group.text.includes(query) || row.text.includes(query);
+  }
+
+  // Groups with a completion that passes all filters, each with those completions.
+  function matching() {
+    const query = state.query.trim().toLowerCase();
+    return data.groups.filter(selected)
+      .map((group) => [group, group.rows.filter((row) => matches(group, row, query))])
+      .filter(([, rows]) => rows.length);
+  }
+
+  function pagesOf(found) {
+    const pages = [];
+    let rows = PER_PAGE;
+    for (const each of found) {
+      if (rows >= PER_PAGE) { pages.push([]); rows = 0; }
+      pages[pages.length - 1].push(each);
+      rows += each[1].length;
+    }
+    return pages;
+  }
+
+  function showFilters() {
+    const groups = data.groups.filter(selected);
+    const buttons = FILTERS.map((filter) => {
+      let hits = 0;
+      groups.forEach((group) => group.rows.forEach((row) => { if (filter.of(group, row)) hits++; }));
+      const button = element("button", "", `${filter.label} (${hits})`);
+      button.type = "button";
+      button.title = filter.help;
+      button.dataset.filter = filter.id;
+      button.setAttribute("aria-pressed", state.filters.has(filter.id));
+      button.addEventListener("click", () => {
+        if (!state.filters.delete(filter.id)) state.filters.add(filter.id);
+        state.page = 0;
+        showCompletions();
+      });
+      return button;
+    });
+    byId("filters").replaceChildren(...buttons);
+  }
+
+  function messagesOf(messages, row) {
+    const box = element("div", "text");
+    messages.forEach(([role, text], i) => {
+      if (role) box.append(element("span", "role", role), "\n");
+      box.append(text, i + 1 < messages.length ? "\n" : "");
+    });
+    if (row && row.logps && byId("colour").checked) {
+      box.replaceChildren(...row.tokens.map((token, i) => {
+        const span = element("span", "token", token);
+        const logp = row.logps[i];
+        if (logp !== null) {
+          span.style.setProperty("--p", `${Math.min(70, -15.2 * logp)}%`); // 70 % at p = 0.01
+          span.title = `log p = ${number(logp)}, p = ${number(Math.exp(logp))}`;
+        }
+        return span;
+      }));
+    }
+    return box;
+  }
+
+  const COLUMNS = [
+    ...(data.has.reward || !data.functions.length ? [["reward", (row) => row.reward]] : []),
+    ...(data.functions.length > 1 || !data.has.reward
+      ? data.functions.map((name, i) => [name, (row) => row.rewards[i]]) : []),
+    ...(data.has.baseline ? [["b*", (row) => row.baseline]] : []),
+    ...(data.has.advantage ? [["advantage", (row) => row.advantage]] : []),
+    ...(data.has.length ? [["length", (row) => row.length]] : []),
+  ];
+
+  function cell(name, value) {
+    const made = element("td", "number", number(value));
+    if (name === "advantage" && value) made.classList.add(value > 0 ? "positive" : "negative");
+    return made;
+  }
+
+  function rowOf(row) {
+    const made = element("tr", "", ...COLUMNS.map(([name, of]) => cell(name, of(row))));
+    made.dataset.row = row.index;
+    const text = element("td", "wide", messagesOf(row.messages, row));
+    if (row.truncated) text.append(element("span", "badge", "truncated"));
+    if (row.unscorable) text.append(" ", element("span", "badge", "unscorable"));
+    made.append(text, ...data.extras.map((name) => element("td", "extra", row.extra[name] ?? "")));
+    return made;
+  }
+
+  function groupOf([group, rows]) {
+    const header = element("header", "", element("b", "", `step ${group.step}`));
+    const say = (text) => header.append(element("span", "", text));
+    if (group.split) say(group.split === "eval" ? "held-out" : "training");
+    const scores = group.rows.map((row) => row.reward).filter((value) => value !== null);
+    if (scores.length) say(`mean reward ${number(scores.reduce((a, b) => a + b, 0) / scores.length)}`);
+    const baselines = new Set(group.rows.map((row) => row.baseline).filter((value) => value !== null));
+    if (baselines.size === 1) say(`b* ${number([...baselines][0])}`);
+    say(rows.length === group.rows.length
+      ? `${rows.length} completion${rows.length === 1 ? "" : "s"}`
+      : `${rows.length} of ${group.rows.length} completions`);
+    if (group.all_wrong[state.judge]) header.append(element("span", "badge", "all wrong"));
+    if (group.all_equal[state.judge]) header.append(element("span", "badge", "all equal"));
+    const heads = COLUMNS.map(([name]) => element("th", "number", name));
+    heads.push(element("th", "", "completion"), ...data.extras.map((name) => element("th", "", name)));
+    const table = element("table", "", element("thead", "", element("tr", "", ...heads)),
+      element("tbody", "", ...rows.map(rowOf)));
+    return element("article", "group", header, element("div", "prompt", messagesOf(group.prompt)),
+      element("div", "scroll", table));
+  }
+
+  function showCompletions() {
+    const found = matching();
+    const pages = pagesOf(found);
+    state.page = Math.max(0, Math.min(state.page, pages.length - 1));
+    byId("step").value = state.step;
+    byId("split").value = state.split;
+    byId("query").value = state.query;
+    showFilters();
+    byId("groups").replaceChildren(...(pages[state.page] ?? []).map(groupOf));
+    const rows = found.reduce((total, each) => total + each[1].length, 0);
+    byId("shown").textContent =
+      `${rows} completions in ${found.length} groups, page ${pages.length ? state.page + 1 : 0} of ${pages.length}`;
+    document.querySelectorAll(".previous").forEach((button) => { button.disabled = state.page === 0; });
+    document.querySelectorAll(".next").forEach((button) => { button.disabled = state.page + 1 >= pages.length; });
+  }
+
+  function options(id, values, all) {
+    byId(id).replaceChildren(...(all ? [new Option(all, "")] : []), ...values.map(([text, value]) =>
+      new Option(text, value)));
+  }
+
+  function listen(id, name, read) {
+    byId(id).addEventListener("input", (event) => {
+      state[name] = read(event.target);
+      state.page = 0;
+      showCompletions();
+    });
+  }
+
+  function startCompletions() {
+    if (!data.groups.length) return;
+    byId("completions").hidden = false;
+    const steps = [...new Set(data.groups.map((group) => group.step))];
+    options("step", steps.map((step) => [step, step]), "all");
+    const splits = [...new Set(data.groups.map((group) => group.split).filter(Boolean))];
+    options("split", splits.map((split) => [split === "eval" ? "held-out" : "training", split]), "all");
+    options("judge", data.judges.map((name, i) => [name, i]));
+    byId("split-label").hidden = splits.length < 2;
+    byId("judge-label").hidden = data.judges.length < 2;
+    byId("colour-label").hidden = byId("scale").hidden = !data.has.logps;
+    listen("step", "step", (target) => target.value);
+    listen("split", "split", (target) => target.value);
+    listen("judge", "judge", (target) => Number(target.value));
+    listen("query", "query", (target) => target.value);
+    byId("colour").addEventListener("input", showCompletions);
+    const turn = (selector, by) => document.querySelectorAll(selector).forEach((button) =>
+      button.addEventListener("click", () => {
+        state.page += by;
+        showCompletions();
+        byId("completions").scrollIntoView();
+      }));
+    turn(".previous", -1);
+    turn(".next", 1);
+    showCompletions();
+  }
+
+  setTheme(window.matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
+  showFindings();
+  startCompletions();
+  data.sections.forEach((section) => showSection(section, section.title === "All other metrics"));
+  document.documentElement.dataset.ready = "true";
+})();
