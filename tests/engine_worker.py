@@ -56,6 +56,15 @@ from test_resume import REFILLED, lora_model, prompts_of_each_step, sampling_tra
 from tiny import scripted_dataset, scripted_reward, scripted_rollout, scripted_trainer, tiny_config, tiny_model
 from tool_turns import tool_tokenizer
 from vllm_stand_in import Died, vllm_stand_in
+from waves_script import (
+    INTERRUPTED,
+    STREAMED,
+    UNEVEN,
+    ScriptedServer,
+    fail_in_a_wave,
+    finish_in_batches,
+    streaming_trainer,
+)
 
 USES_DEEPSPEED = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
 # accelerate passes DeepSpeed over where `use_cpu` is set, and sees one process where no backend is named;
@@ -331,6 +340,23 @@ def run_against_server(case: str, folder: Path) -> None:
         torch.save(trained, folder / f"trained.{rank}.pt")
 
 
+def run_streamed(case: str, folder: Path) -> None:
+    """A streamed step of uneven waves: leave its weights, or what ends it on each rank, and those of a second attempt."""
+    with vllm_stand_in() as server:
+        script = ScriptedServer(server)
+        trainer = streaming_trainer(folder, server, **STREAMED.get(case, {}), **ENGINE)
+        waves = finish_in_batches(trainer, script, UNEVEN)
+        if case in INTERRUPTED:
+            fail_in_a_wave(case, trainer, server, script)
+            leave_refusal(trainer, folder)
+            if "dies" in case:
+                return
+            script.finish_all()
+        trainer.train()
+        (folder / f"waves.{distributed.get_rank()}").write_text(json.dumps(waves))
+        leave(trainer, folder)
+
+
 def leave_refusal(trainer: OPOTrainer, folder: Path) -> None:
     """Train, and leave each rank's message."""
     try:
@@ -494,6 +520,8 @@ def main() -> None:
             run_streamed_evaluation(folder)
         elif case in BAD_NUMBERS:
             run_bad_number(case, folder)
+        elif case.startswith("streamed"):
+            run_streamed(case, folder)
         elif case.startswith("server"):
             run_against_server(case, folder)
         elif case.startswith("full disk"):

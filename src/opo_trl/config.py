@@ -129,6 +129,11 @@ class OPOConfig(GRPOConfig):
         vllm_weight_dir (`str`, *optional*):
             With `vllm_weight_transfer="file"`, an existing directory that the main process and the server see under the
             same path, such as one of a shared file system, or of `/dev/shm` for a server on the same machine.
+        stream_rollouts (`bool`, *optional*, defaults to `False`):
+            With a vLLM server: send a request for each prompt at the start of a step, and score and train the groups
+            that are complete while the server generates the others. The optimizer steps after the last group, so the
+            gradient is that of a step that is not streamed ([streaming](streaming.md)). Needs several
+            `gradient_accumulation_steps`, of which a step has at most as many waves of groups.
 
         > Defaults that differ from [`~trl.GRPOConfig`]
 
@@ -199,6 +204,10 @@ class OPOConfig(GRPOConfig):
         default=None,
         metadata={"help": "With vllm_weight_transfer='file': directory that trainer and server both see."},
     )
+    stream_rollouts: bool = field(
+        default=False,
+        metadata={"help": "With a vLLM server: train groups that are complete while it generates the others."},
+    )
     scale_rewards: str = field(
         default="none",
         metadata={"help": "OPO does not scale rewards: only 'none' is accepted."},
@@ -260,6 +269,8 @@ class OPOConfig(GRPOConfig):
             check_vllm_dtype(self.vllm_dtype, self.vllm_mode)
             check_tolerance(self.vllm_logp_tolerance)
         self._check_weight_transfer()
+        if self.stream_rollouts:
+            self._check_streaming()
         if not self.temperature > 0:
             raise ValueError(
                 f"OPO {_OWN_SAMPLER}: `temperature` must be above 0 (0 is greedy), got {self.temperature!r}. Use 1.0."
@@ -429,6 +440,37 @@ class OPOConfig(GRPOConfig):
                 "`vllm_weight_dir` must name a directory that the main process and the server both see, where "
                 f"`vllm_weight_transfer='file'`, got {self.vllm_weight_dir!r}. Set it to a directory of a shared file "
                 "system, or of /dev/shm for a server on the same machine."
+            )
+
+    def _check_streaming(self) -> None:
+        """Refuse to stream where there is no server that generates by itself, or no gradient that can be scaled."""
+        if not (self.use_vllm and self.vllm_mode == "server"):
+            raise ValueError(
+                "`stream_rollouts=True` trains while a vLLM server generates: `use_vllm` must be True and `vllm_mode` "
+                f"'server', got `use_vllm={self.use_vllm!r}` and `vllm_mode={self.vllm_mode!r}`, where generation and "
+                "update take the same device in turn. Set both, or leave `stream_rollouts` out."
+            )
+        if self.gradient_accumulation_steps < 2:
+            raise ValueError(
+                "`stream_rollouts=True` trains a step's micro-batches one after another as their groups are complete: "
+                f"`gradient_accumulation_steps` must be at least 2, got {self.gradient_accumulation_steps}. Raise it, "
+                "and lower `per_device_train_batch_size` by the same factor."
+            )
+        if self.torch_compile:
+            raise ValueError(
+                "`torch_compile=True` needs micro-batches of a fixed shape, and the waves of a streamed step differ in "
+                "size: `stream_rollouts` must be False with it, got True. Leave one of the two out."
+            )
+        if self.max_completion_length is None:
+            raise ValueError(
+                "`stream_rollouts=True` divides by `max_completion_length` until all lengths are known, got None. Set "
+                "`max_completion_length`."
+            )
+        if self.deepspeed_plugin is not None and self.loss_type == "dapo":
+            raise ValueError(
+                "`stream_rollouts=True` with `loss_type='dapo'` scales the gradients once all lengths are known, and "
+                "DeepSpeed keeps its gradients to itself: `loss_type` must be 'dr_grpo' under DeepSpeed, got 'dapo'. "
+                "Set `loss_type='dr_grpo'`, or train with FSDP."
             )
 
     def _check_generation_kwargs(self) -> None:

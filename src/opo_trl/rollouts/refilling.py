@@ -130,18 +130,28 @@ class Refilling:
             if needed and len(rounds) == 1:
                 keys = set(gather_object(sorted(keys)))
             drawn = draw_order(len(dataset), self.seed, step, len(rounds)) if order is None else order
-            rows = self._read_rows(rounds, dataset, drawn, columns, keys, needed) if needed else []
+            group_size = rounds[0].rollout.rewards.size(1)
+            rows = self.read_rows(dataset, drawn, columns, keys, needed, group_size) if needed else []
         merged = self._merge(rounds)
         exact = reward_metrics(merged.rewards_per_func, merged.rollout.rewards, self.reward_names)
-        metrics.put(exact | _counts(merged, len(rounds) - 1))
-        if not merged.rollout.informative_groups.any() and self.accelerator.is_main_process:
+        metrics.put(exact | self.counts(merged, step, len(rounds) - 1))
+        return merged
+
+    def counts(self, merged: Round, step: int, refill_rounds: int) -> dict[str, float]:
+        """Return what refilling cost: rounds, completions, groups that are not trained. Warns if none is trained."""
+        sampled, informative = len(merged.rollout.rewards), int(merged.rollout.informative_groups.sum())
+        if not informative and self.accelerator.is_main_process:
             logger.warning(
                 "Step %d has no gradient: none of its %d groups is informative, after %d refill round(s).",
                 step + 1,
-                len(merged.rollout.rewards),
-                len(rounds) - 1,
+                sampled,
+                refill_rounds,
             )
-        return merged
+        return {
+            "rollouts/rounds": float(refill_rounds),
+            "rollouts/sampled_per_trained": sampled / informative if informative else math.nan,
+            "rollouts/groups_dropped": float(sampled - informative),
+        }
 
     def _multiple(self, group_size: int) -> int:
         """What the number of prompts must be a multiple of, so that all ranks get equally many rows."""
@@ -155,14 +165,14 @@ class Refilling:
         target, group_size = rounds[0].rollout.rewards.shape
         return prompts_needed(informative, sampled, target, self._multiple(group_size))
 
-    def _read_rows(
+    def read_rows(
         self,
-        rounds: Sequence[Round],
         dataset: Any,
         order: Iterable[int],
         columns: Sequence[str],
         keys: set[str],
         needed: int,
+        group_size: int,
     ) -> Rows:
         """
         Read this rank's rows of the next round, and add its prompts to `keys`.
@@ -170,7 +180,6 @@ class Refilling:
         None are left where the step has all prompts of the dataset. Every rank looks at all prompts of the round, which
         costs little beside sampling them, so that ranks cannot take different ones unnoticed.
         """
-        group_size = rounds[0].rollout.rewards.size(1)
         indices: list[int] = []
         rows: Rows = []
         failure: Exception | None = None
@@ -230,13 +239,3 @@ class Refilling:
                 "Refilling trains the rows of several rounds in one step, which must be cut row by row: this is not "
                 f"possible with max_refill_rounds={self.max_rounds}, since {reason}. Set `max_refill_rounds=0`."
             )
-
-
-def _counts(merged: Round, refill_rounds: int) -> dict[str, float]:
-    """What refilling cost: rounds, completions, and groups that are not trained."""
-    sampled, informative = len(merged.rollout.rewards), int(merged.rollout.informative_groups.sum())
-    return {
-        "rollouts/rounds": float(refill_rounds),
-        "rollouts/sampled_per_trained": sampled / informative if informative else math.nan,
-        "rollouts/groups_dropped": float(sampled - informative),
-    }

@@ -1,17 +1,26 @@
 """The main process's client of a vLLM server, whose failures wait until all ranks can raise them."""
 
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from trl.generation.vllm_client import VLLMClient
+from trl.generation.vllm_client import VLLMClient, parse_logprobs
 
+from .completion_stream import CompletionStream
 from .watched_session import WatchedSession, health_fault
 
 LEAST_PATIENCE = 60.0  # seconds
 
 T = TypeVar("T")
+
+
+class Group(NamedTuple):
+    """The completions of one prompt of a streamed step, as TRL's client returns those of several."""
+
+    number: int  # of the prompt in the step
+    completion_ids: list[list[int]]
+    logprobs: list[list[list[float | None]]]
 
 
 class ServerClient(VLLMClient):
@@ -31,6 +40,8 @@ class ServerClient(VLLMClient):
 
     def __init__(self, *args: Any, connection_timeout: float = 0.0, **kwargs: Any) -> None:
         self._failure: tuple[str, Exception] | None = None
+        self._stream: CompletionStream | None = None
+        self._seeds: Sequence[int] | None = None  # of the next prompts, which are not to be waited for
 
         def connect() -> None:
             super(ServerClient, self).__init__(*args, connection_timeout=connection_timeout, **kwargs)
@@ -113,6 +124,12 @@ class ServerClient(VLLMClient):
             As there; after a failure, one token for each completion.
         """
         generate = super().generate
+        seeds, self._seeds = self._seeds, None
+
+        def submit() -> dict[str, Any]:
+            assert seeds is not None
+            self._submit(prompts, seeds, n, **kwargs)
+            return {"prompt_ids": prompts, **nothing}
 
         def call() -> dict[str, Any]:
             self._check_policy()
@@ -122,7 +139,77 @@ class ServerClient(VLLMClient):
 
         rows = n * len(prompts)
         nothing = {"completion_ids": [[0]] * rows, "logprobs": [[[0.0]]] * rows, "logprob_token_ids": [[[0]]] * rows}
-        return self._attempt("generating", call, {"prompt_ids": prompts, **nothing})
+        return self._attempt("generating", call if seeds is None else submit, {"prompt_ids": prompts, **nothing})
+
+    # ---- A streamed step
+
+    def submit_next(self, seeds: Sequence[int]) -> None:
+        """Let the next [`generate`] ask for its completions, with these seeds, and return without waiting for them."""
+        self._seeds = seeds
+
+    def _submit(
+        self,
+        prompts: Sequence[list[int]],
+        seeds: Sequence[int],
+        n: int,
+        *,
+        features: Any = None,
+        structured_outputs_regex: str | None = None,
+        generation_kwargs: dict[str, Any] | None = None,
+        **sampling: Any,
+    ) -> None:
+        """Send a request for each prompt: vLLM gives all prompts of one request that has a seed the same seed."""
+        if features is not None or structured_outputs_regex is not None:
+            raise ValueError("a streamed step takes prompts of text, and no regular expression")
+        if self._stream is None:
+            self._check_policy()
+            self._stream = CompletionStream(self.base_url, self.session.patience, self._group)
+        for prompt, seed in zip(prompts, seeds, strict=True):
+            tokens = {"return_token_ids": True, "return_tokens_as_token_ids": True}
+            body = {"model": self.model, "prompt": [prompt], **tokens, "n": n, **sampling, **(generation_kwargs or {})}
+            self._stream.submit({**body, "seed": seed})
+
+    @staticmethod
+    def _group(number: int, answer: dict[str, Any]) -> Group:
+        choices = sorted(answer["choices"], key=lambda choice: choice.get("index", 0))
+        logprobs, _ = parse_logprobs([choice["logprobs"] for choice in choices])
+        return Group(number, [choice["token_ids"] for choice in choices], logprobs or [])
+
+    def take_groups(self, wave_size: Callable[[int, int], int]) -> list[Group]:
+        """
+        Wait until groups of the streamed step are complete, and take those that were complete first.
+
+        Args:
+            wave_size (`Callable`):
+                Returns how many to take of the complete ones, from their number and that of the groups that are not;
+                0 to wait for more.
+
+        Returns:
+            `list[Group]`: None after a failure.
+        """
+        return self._attempt("generating", lambda: self._take_groups(wave_size), [])
+
+    def _take_groups(self, wave_size: Callable[[int, int], int]) -> list[Group]:
+        assert self._stream is not None
+        self._stream.receive()
+        while not (count := wave_size(self._stream.complete, self._stream.generating)):
+            self._stream.wait()
+            self._stream.receive()
+        groups = self._stream.take(count)
+        if not self._stream.complete and not self._stream.generating:
+            self._check_policy()  # a server that was started anew in between answers from other weights
+        return groups
+
+    @property
+    def generation_seconds(self) -> float:
+        """Seconds from the first request of the streamed step until the last answer so far."""
+        return 0.0 if self._stream is None else self._stream.seconds
+
+    def end_stream(self) -> None:
+        """End the streamed step: what the server still generates for it is given up."""
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            stream.close()
 
     def _check_policy(self) -> None:
         """Raise unless the server holds the weights that it was last sent. To be overridden."""

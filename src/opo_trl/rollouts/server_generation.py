@@ -2,7 +2,7 @@
 
 import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from trl import GRPOTrainer
 from trl.generation import vllm_generation
 from trl.generation.vllm_generation import VLLMGeneration
 
-from .server_client import ServerClient
+from .server_client import Group, ServerClient
 from .weight_file import unusable_directory
 from .weight_file_client import WeightFileClient
 
@@ -32,6 +32,7 @@ class ServerGeneration(VLLMGeneration):
     vllm_client: ServerClient  # on the main process alone
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._wave: list[Group] | None = None  # what the next `generate` returns
         super().__init__(*args, **kwargs)
         self._raise_on_all_ranks()
 
@@ -45,16 +46,88 @@ class ServerGeneration(VLLMGeneration):
         super().sync_weights()
         self._raise_on_all_ranks(RESUME)
 
-    def generate(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+    def generate(self, prompts: list[list[int]], *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         """
-        Generate as [`~trl.generation.vllm_generation.VLLMGeneration.generate`] does.
+        Generate as [`~trl.generation.vllm_generation.VLLMGeneration.generate`] does, or return a wave that is complete.
 
         Raises:
             ServerError: On all ranks.
         """
-        output: tuple[Any, ...] = super().generate(*args, **kwargs)
+        if self._wave is not None:
+            wave, self._wave = self._wave, None
+            return self._rows_of_rank(wave, prompts)
+        output: tuple[Any, ...] = super().generate(prompts, *args, **kwargs)
         self._raise_on_all_ranks(RESUME)
         return output
+
+    # ---- A streamed step
+
+    def submit(self, prompts: list[list[int]], num_generations: int, seeds: Sequence[int]) -> None:
+        """
+        Ask for the completions of a streamed step, or for further ones, and do not wait for them.
+
+        The parent's `generate` gathers the prompts and says how to sample; its client does not wait.
+
+        Args:
+            prompts (`list[list[int]]`):
+                Tokens of each row of this rank: each prompt once for each of its completions, a group perhaps split
+                across ranks.
+            num_generations (`int`):
+                Completions of each prompt.
+            seeds (`Sequence[int]`):
+                One for each prompt of all ranks.
+
+        Raises:
+            ServerError: On all ranks.
+        """
+        if self.accelerator.is_main_process:
+            self.vllm_client.submit_next(seeds)
+        self.generate(prompts, None, num_generations)
+
+    def next_wave(self, wave_size: Callable[[int, int], int]) -> list[int]:
+        """
+        Wait for the next complete groups of the streamed step. The next [`generate`] returns their completions.
+
+        Args:
+            wave_size (`Callable`):
+                As in [`~opo_trl.rollouts.server_client.ServerClient.take_groups`]; the main process's counts.
+
+        Returns:
+            `list[int]`: Numbers of their prompts, from 0, in the order in which these were submitted; the same on all
+            ranks.
+
+        Raises:
+            ServerError: On all ranks.
+        """
+        is_main = self.accelerator.is_main_process
+        groups = self.vllm_client.take_groups(wave_size) if is_main else None
+        self._raise_on_all_ranks(RESUME)
+        wave: list[Group] = broadcast_object_list([groups])[0]
+        self._wave = wave
+        return [group.number for group in wave]
+
+    def end_stream(self) -> float:
+        """End the streamed step, and return the seconds from its first request until its last answer, on all ranks."""
+        seconds = [0.0]
+        self._wave = None
+        if self.accelerator.is_main_process:
+            seconds = [self.vllm_client.generation_seconds]
+            self.vllm_client.end_stream()
+        return float(broadcast_object_list(seconds)[0])
+
+    def drop_stream(self) -> None:
+        """Give up a streamed step that has failed, on this rank alone: the others may not call it."""
+        self._wave = None
+        if self.accelerator.is_main_process:
+            self.vllm_client.end_stream()
+
+    def _rows_of_rank(self, wave: Sequence[Group], prompts: list[list[int]]) -> tuple[Any, ...]:
+        """A wave in the form of the parent's `generate`: the rows of this rank, of which all ranks have as many."""
+        ids = [ids for group in wave for ids in group.completion_ids]
+        logprobs = [values for group in wave for values in group.logprobs]
+        first = self.accelerator.process_index * len(prompts)
+        rows = slice(first, first + len(prompts))
+        return prompts, ids[rows], logprobs[rows], None
 
     def _raise_on_all_ranks(self, advice: str = "") -> None:
         error: Exception | None = None

