@@ -321,6 +321,7 @@ TRAINERS = {
     "on_policy/on_policy_checks.py",
     "report/logged_completions.py",
     "rollouts/step_rollouts.py",
+    "rollouts/streamed_steps.py",
     "update/planned_updates.py",
     "runs/measured_phases.py",
     "runs/reliable_runs.py",

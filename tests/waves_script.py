@@ -1,11 +1,10 @@
 """The script played by a stand-in for a vLLM server, its groups finished in batches that a test chooses."""
 
 import math
+import os
 import threading
 from collections.abc import Callable
 from typing import Any
-
-from torch import distributed
 
 from opo_trl import OPOTrainer
 from test_update import sampler_logprobs
@@ -136,8 +135,7 @@ def streaming_trainer(output_dir: Any, server: VllmStandIn, **settings: Any) -> 
         "gradient_accumulation_steps": 6,
     }
     settings = {**defaults, **server_settings(server.url, weights), **settings}
-    if distributed.is_initialized():
-        settings["per_device_train_batch_size"] //= distributed.get_world_size()
+    settings["per_device_train_batch_size"] //= int(os.environ.get("WORLD_SIZE", "1"))
     return scripted_trainer(output_dir / "run", rollout=None, **settings)
 
 

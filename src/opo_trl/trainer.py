@@ -11,7 +11,7 @@ from .algorithm.baselines import optimal_baseline, reward_range, takes_part, unc
 from .algorithm.loss import loss_normalizer, policy_gradient_loss
 from .algorithm.metrics import rollout_metrics
 from .algorithm.paper import METHOD, PAPER
-from .algorithm.rollout import combine_rewards, estimate_advantages, sum_over_tokens
+from .algorithm.rollout import Rollout, combine_rewards, estimate_advantages, sum_over_tokens
 from .config import OPOConfig
 from .evaluation.pass_at_k import CorrectCompletions
 from .on_policy.on_policy_checks import OnPolicyChecks
@@ -20,6 +20,7 @@ from .on_policy.rollout_position import check_rollout_size
 from .report.logged_completions import LoggedCompletions
 from .rollouts.rounds import Round
 from .rollouts.step_rollouts import StepRollouts
+from .rollouts.streamed_steps import StreamedSteps
 from .runs.measured_phases import MeasuredPhases
 from .runs.reliable_runs import ReliableRuns
 from .runs.tracking import versions
@@ -28,7 +29,14 @@ from .update.rollout_batch import loss_mask
 
 
 class OPOTrainer(
-    OnPolicyChecks, StepRollouts, PlannedUpdates, LoggedCompletions, MeasuredPhases, ReliableRuns, GRPOTrainer
+    OnPolicyChecks,
+    StepRollouts,
+    StreamedSteps,
+    PlannedUpdates,
+    LoggedCompletions,
+    MeasuredPhases,
+    ReliableRuns,
+    GRPOTrainer,
 ):
     r"""
     Trainer for OPO, On-Policy RL with Optimal reward baseline ([arXiv
@@ -179,24 +187,33 @@ class OPOTrainer(
         return rewards_per_func
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        mode = "train" if self.model.training else "eval"
-        if mode == "train":
-            expected = self.args.per_device_train_batch_size * self.args.steps_per_generation
-            check_rollout_size(self.accelerator, len(inputs), expected)
+        if self.model.training:
+            self._check_rows(inputs)
         sampled = self._sample_step(inputs, self._sample_round)
-        batch, rollout = sampled.batch, sampled.rollout
-        refills = mode == "train" and self.args.max_refill_rounds > 0
-        batch["loss_normalizer"] = loss_normalizer(
+        sampled.batch["loss_normalizer"] = self._loss_normalizer(sampled.rollout)
+        self._log_step(sampled.rollout)
+        self._plan_update(sampled.batch)
+        return sampled.batch
+
+    def _check_rows(self, rows: list[dict[str, Any]]) -> None:
+        """Refuse a step that does not get the rows of a rollout batch."""
+        expected = self.args.per_device_train_batch_size * self.args.steps_per_generation
+        check_rollout_size(self.accelerator, len(rows), expected)
+
+    def _loss_normalizer(self, rollout: Rollout) -> torch.Tensor:
+        """What the loss of each micro-batch of a rollout batch is divided by."""
+        refills = self.model.training and self.args.max_refill_rounds > 0
+        return loss_normalizer(
             self.loss_type,
             rollout.informative_lengths if refills else rollout.lengths,
             self.max_completion_length,
             self.accelerator.num_processes,
         )
+
+    def _log_step(self, rollout: Rollout) -> None:
         for name, value in rollout_metrics(rollout).items():
-            self._metrics[mode][name].append(value)
+            self._metrics["train" if self.model.training else "eval"][name].append(value)
         self._phases.count("trained", rollout.lengths[rollout.informative].sum().item())
-        self._plan_update(batch)
-        return batch
 
     def _sample_round(self, inputs: list[dict[str, Any]]) -> Round:
         """Generate and score this rank's rows, and estimate their advantages: all of a step, or one of its rounds."""

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..algorithm.baselines import takes_part
+from ..algorithm.rollout import Rollout
 from .chosen_prompts import ChosenPrompts
 from .learning_signal import NoSignalWarning
 from .refilling import Refilling, check_refilling
@@ -75,10 +76,14 @@ class StepRollouts(GRPOTrainer):
         else:
             order = None if self._chosen is None else self._chosen.refill_order()
             sampled = self._refilling.sample_step(rows, self.train_dataset, self.state.global_step, sample, order)
-        if self._chosen is not None:
-            rewards = sampled.rollout.rewards
-            self._log_in_training(self._chosen.observe(rewards, takes_part(rewards, sampled.rollout.lengths)))
+        self._observe(sampled.rollout)
         return sampled
+
+    def _observe(self, rollout: Rollout) -> None:
+        """Let the choice of prompts take the rewards of a step into account."""
+        if self._chosen is not None:
+            scored = takes_part(rollout.rewards, rollout.lengths)
+            self._log_in_training(self._chosen.observe(rollout.rewards, scored))
 
     def _log_in_training(self, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():

@@ -3,7 +3,7 @@
 import copy
 import random
 from collections import deque
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields
 from typing import Any
@@ -24,35 +24,47 @@ Rows = list[dict[str, Any]]
 MicroBatches = list[dict[str, torch.Tensor]]
 
 
-def check_streaming(args: Any, train_dataset: Any, **given: Any) -> None:
+def check_streaming(args: Any, given: Mapping[str, Any]) -> None:
     """
     Refuse to stream where a wave could not be generated or trained, before the model is loaded.
 
     Args:
         args ([`OPOConfig`]):
             The run's configuration.
-        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`], *optional*):
-            As given to the trainer.
-        **given:
-            `tools`, `environment_factory` and `rollout_func`, as given to the trainer.
+        given (`Mapping[str, Any]`):
+            Arguments of the trainer by name.
 
     Raises:
-        ValueError: If a completion needs more than one request, or the dataset has images.
+        ValueError: If a completion may need more than one request, or the dataset has images, or if gradients could not
+            be scaled.
     """
     if not args.stream_rollouts:
         return
-    for name, value in given.items():
-        if value:
+    for name in ("tools", "environment_factory", "rollout_func"):
+        if given.get(name):
             raise ValueError(
-                "`stream_rollouts=True` takes each prompt's completions from one request to the server, and "
-                f"`{name}` must be None with it, since it makes completions of several turns or by itself, got "
-                f"{value!r}. Leave `stream_rollouts` out."
+                "`stream_rollouts=True` takes all completions of a prompt from one request to the server, and "
+                f"`{name}` generates in other ways: it must be None, got {given[name]!r}. Leave `stream_rollouts` out."
             )
-    images = sorted({"image", "images"} & set(getattr(train_dataset, "column_names", None) or ()))
+    images = sorted({"image", "images"} & set(getattr(given.get("train_dataset"), "column_names", None) or ()))
     if images:
         raise ValueError(
             "`stream_rollouts=True` cuts each wave row by row, which image batches do not allow: `train_dataset` must "
             f"not have the columns {images}. Leave `stream_rollouts` out."
+        )
+
+
+def refuse_obstacle(reason: str | None) -> None:
+    """
+    Refuse to stream where rows cannot be trained one by one.
+
+    Raises:
+        ValueError: If there is a reason.
+    """
+    if reason is not None:
+        raise ValueError(
+            "A streamed step trains its rows in waves, which must be cut row by row: `stream_rollouts` must be False, "
+            f"since {reason}, got True. Leave `stream_rollouts` out."
         )
 
 
@@ -86,8 +98,13 @@ class Streaming:
             Tokens of each of some rows.
         sample (`Callable`):
             Makes a [`Round`] of this rank's rows of a wave, with the completions that the engine returns.
+        obstacle (`Callable`):
+            Returns why a batch could not be trained row by row; `None` if it can.
         plan (`Callable`):
             Cuts a batch into as many micro-batches as asked for, the same number on all ranks.
+        finish (`Callable`):
+            Called with all waves of a step together, without their batches, in the order of the prompts, and the
+            seconds from the first request until the last answer, before the last wave is trained.
         waiting (`Callable`):
             Context in which this process waits for completions.
         refilling ([`~opo_trl.rollouts.refilling.Refilling`], *optional*):
@@ -108,7 +125,9 @@ class Streaming:
         metrics: MutableMapping[str, list[float]],
         tokenize: Callable[[Rows], list[list[int]]],
         sample: Callable[[Rows], Round],
+        obstacle: Callable[[dict[str, Any]], str | None],
         plan: Callable[[dict[str, Any], int], MicroBatches],
+        finish: Callable[[Round, float], None],
         waiting: Callable[[], AbstractContextManager[None]],
         refilling: Refilling | None = None,
     ) -> None:
@@ -116,10 +135,17 @@ class Streaming:
         self.group_size, self.seed, self.reward_names = group_size, seed, reward_names
         self.skip_uninformative, self.metrics = skip_uninformative, metrics
         self.tokenize, self.sample, self.plan, self.waiting = tokenize, sample, plan, waiting
-        self.refilling = refilling
+        self.obstacle, self.finish, self.refilling = obstacle, finish, refilling
         self.drop()
 
-    def start(self, rows: Rows, step: int, dataset: Any = None, order: Sequence[int] | None = None) -> None:
+    def start(
+        self,
+        rows: Rows,
+        step: int,
+        normalizer: torch.Tensor,
+        dataset: Any = None,
+        order: Sequence[int] | None = None,
+    ) -> None:  # ()
         """
         Submit a step's prompts.
 
@@ -128,32 +154,29 @@ class Streaming:
                 This rank's rows: each prompt repeated K times, a group perhaps split across ranks.
             step (`int`):
                 Optimizer steps made so far.
+            normalizer (`torch.Tensor` of shape `()`):
+                What the loss of each micro-batch is divided by.
             dataset, order:
                 As in [`~opo_trl.rollouts.refilling.Refilling.sample_step`].
         """
         self.drop()
-        self._step, self._dataset, self._order = step, dataset, order
+        self._step, self._normalizer, self._dataset, self._order = step, normalizer, dataset, order
         self._columns = list(rows[0])
         self._round_metrics = RoundMetrics(self.metrics)
         self._submit(rows)
         self._round_end = len(self._prompts)
         self._keys = {row_key(row) for row in self._prompts} if self.refilling is not None else set()
 
-    def next_micro_batch(self, finish: Callable[[Round], None]) -> dict[str, torch.Tensor]:
+    def next_micro_batch(self) -> dict[str, torch.Tensor]:
         """
         Return this rank's next micro-batch, and wait for groups where none is left of those that have come.
-
-        Args:
-            finish (`Callable`):
-                Called with all waves of the step together, without their batches, in the order of the prompts, before
-                the first micro-batch of the last wave is returned.
 
         Raises:
             ServerError: On all ranks.
         """
         try:
             while not self._ready:
-                self._take_wave(finish)
+                self._take_wave()
         except BaseException:
             self.drop()
             raise
@@ -188,10 +211,12 @@ class Streaming:
     def _wave_size(self, complete: int, generating: int) -> int:
         return self.schedule.wave_size(len(self._taken), complete, generating)
 
-    def _take_wave(self, finish: Callable[[Round], None]) -> None:
+    def _take_wave(self) -> None:
         with self.waiting():
             numbers = self.engine.next_wave(self._wave_size)
         wave = self.sample(self._rows_of_rank(numbers))
+        obstacles = [each for each in gather_object([self.obstacle(wave.batch)]) if each is not None]
+        refuse_obstacle(obstacles[0] if obstacles else None)
         self._round_metrics.take(wave.rollout.rewards.numel())
         self._taken += numbers
         self._scored.append(Round({}, wave.rollout, wave.rewards_per_func))
@@ -205,11 +230,13 @@ class Streaming:
         last = len(self._taken) == len(self._prompts)
         share = self.schedule.share(groups, self._used, self._rows_to_train(), last)
         if last:
-            self._finish(finish)
+            self._finish()
         if share:
             waiting, self._untrained = self._untrained, []
             self._used += share
-            self._ready.extend(self.plan(merge_rounds(waiting).batch, share))
+            batch = merge_rounds(waiting).batch
+            batch["loss_normalizer"] = self._normalizer
+            self._ready.extend(self.plan(batch, share))
 
     def _refill(self, refilling: Refilling) -> None:
         """Submit what is known to be needed of the next round; once this one is scored, it is all of the next one."""
@@ -249,7 +276,7 @@ class Streaming:
         )
         return -(-rows // self.accelerator.num_processes)
 
-    def _finish(self, finish: Callable[[Round], None]) -> None:
+    def _finish(self) -> None:
         seconds = self.engine.end_stream()
         step = in_order(self._scored, self._taken)
         exact = reward_metrics(step.rewards_per_func, step.rollout.rewards, self.reward_names)
@@ -257,7 +284,7 @@ class Streaming:
         if self.refilling is not None:
             exact |= self.refilling.counts(step, self._step, self._round)
         self._round_metrics.put(exact)
-        finish(step)
+        self.finish(step, seconds)
 
 
 def request_seed(seed: int, step: int, number: int) -> int:

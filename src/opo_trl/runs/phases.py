@@ -22,6 +22,8 @@ class StepPhases(TrainerCallback):
     values that the CPU reads, so their work on the device is done by then. The optimizer's last kernels may still run
     when a step ends: their time is in the next step's `time/generate`.
 
+    Where a server generates while the step is trained, `time/generate` is what was waited for.
+
     Args:
         metrics (`MutableMapping[str, list[float]]`):
             TRL's lists of the current logging period, by name.
@@ -36,6 +38,7 @@ class StepPhases(TrainerCallback):
     def _reset(self) -> None:
         self._seconds = dict.fromkeys(MEASURED, 0.0)
         self._tokens = {"generated": 0.0, "trained": 0.0}
+        self._generating: float | None = None
 
     @contextmanager
     def measure(self, phase: str) -> Iterator[None]:
@@ -65,6 +68,10 @@ class StepPhases(TrainerCallback):
         """Add the `"generated"` or `"trained"` completion tokens of all ranks to the step's."""
         self._tokens[kind] += tokens
 
+    def generate_took(self, seconds: float) -> None:
+        """Take the rate of generated tokens over these seconds: the phase is only what was waited for of them."""
+        self._generating = seconds
+
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -76,6 +83,7 @@ class StepPhases(TrainerCallback):
         update = perf_counter() - self._start - sum(self._seconds.values())
         for phase, seconds in {**self._seconds, "update": update}.items():
             self.metrics[f"time/{phase}"].append(seconds)
-        for kind, seconds in (("generated", self._seconds["generate"]), ("trained", update)):
+        generating = self._seconds["generate"] if self._generating is None else self._generating
+        for kind, seconds in (("generated", generating), ("trained", update)):
             rate = self._tokens[kind] / seconds if seconds > 0 else float("nan")
             self.metrics[f"tokens_per_second/{kind}"].append(rate)

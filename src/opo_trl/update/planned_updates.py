@@ -1,5 +1,6 @@
 """The micro-batches of a step, planned where TRL would cut its own."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -7,6 +8,7 @@ from accelerate.utils import is_compiled_module
 from torch import nn
 
 from .extra_forward import score_batch, score_planned_rows
+from .gradient_scale import scale_gradients
 from .planner import UpdatePlanner
 from .regrouping import ObstacleAgreement, regrouping_obstacle
 from .rollout_batch import FORWARD_ARGUMENTS, count_tokens
@@ -45,6 +47,8 @@ class PlannedUpdates(GRPOTrainer):
         # TRL calls what follows from one method of its own, which passes no values between the calls.
         self._rollout_batch: dict[str, Any] | None = None  # from the advantages to the micro-batches
         self._early_plan: StepPlan | None = None  # from the weights to the micro-batches
+        self._gradient_factor = 1.0  # of the step
+        self._step_loss: Any = 0.0  # of the micro-batches of the step so far
 
     def _plan_update(self, batch: dict[str, Any]) -> None:
         """Let the next micro-batches be those of this rollout batch, this rank's part of it."""
@@ -70,8 +74,35 @@ class PlannedUpdates(GRPOTrainer):
         micro_batch, self._buffered_inputs[position] = self._buffered_inputs[position], None  # each runs once
         return micro_batch
 
+    def _plan_wave(self, batch: dict[str, Any], micro_batches: int) -> list[dict[str, torch.Tensor]]:
+        """Plan a part of a step's rows, in as many micro-batches on all ranks; those of other parts follow."""
+        self._early_plan = None
+        rows = self.args.per_device_train_batch_size * micro_batches
+        planner = replace(self._planner, micro_batches=micro_batches, rows_per_rank=rows)
+        planned = planner.plan_step(batch, self.accelerator).micro_batches()
+        attended, padded = count_tokens(planned)
+        self._statistics.add_ratio("opo/padding_fraction", padded - attended, padded)
+        return planned
+
+    def _scale_step(self, factor: float) -> None:
+        """Multiply the gradient of this step, and its loss, by a factor that was not known at its beginning."""
+        self._gradient_factor = factor
+
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Take a micro-batch's gradient as the next class does; the last one of a step scales the step's."""
+        loss: torch.Tensor = super().training_step(model, *args, **kwargs)
+        self._step_loss = self._step_loss + loss
+        if self.accelerator.sync_gradients:
+            factor, total = self._gradient_factor, self._step_loss
+            self._gradient_factor, self._step_loss = 1.0, 0.0
+            if factor != 1.0:
+                scale_gradients(model.parameters(), factor)
+                loss = loss + (factor - 1.0) * total  # the sum of what is returned for the step's micro-batches
+        return loss
+
     def _drop_unfinished_step(self) -> None:
         super()._drop_unfinished_step()
+        self._gradient_factor, self._step_loss = 1.0, 0.0
         self._rollout_batch = self._early_plan = None
         self._statistics = StepStatistics()
 
