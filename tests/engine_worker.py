@@ -341,7 +341,7 @@ def run_against_server(case: str, folder: Path) -> None:
 
 
 def run_streamed(case: str, folder: Path) -> None:
-    """A streamed step of uneven waves: leave its weights, or what ends it on each rank, and those of a second attempt."""
+    """A streamed step of uneven waves: leave its weights, or each rank's message and those of a second attempt."""
     with vllm_stand_in() as server:
         script = ScriptedServer(server)
         trainer = streaming_trainer(folder, server, **STREAMED.get(case, {}), **ENGINE)

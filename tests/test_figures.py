@@ -14,6 +14,7 @@ from planning import page_table as planning_table
 from row_traffic import count as count_traffic
 from row_traffic import page_sentence as traffic_sentence
 from row_traffic import page_table as traffic_table
+from streaming_simulation import page_table as simulation_table
 from variance_report import page_tables as variance_tables
 
 README = (ROOT / "README.md").read_text()
@@ -303,3 +304,20 @@ def test_opo_against_grpo():
     readme = the_table(README, "variant")
     for cell, found in zip(readme[0][1:], measured["variants"].values(), strict=True):
         assert cell == interval(found["over_seeds"]["pass@1"], 100, 1)
+
+
+def test_the_simulated_steps():
+    simulation = results("streaming_simulation")
+    assert simulation_table(simulation) in page("streaming")
+    workloads = simulation["workloads"].values()
+    for devices in ("8", "16", "32", "64"):
+        gains = [each[devices]["gain"] for each in workloads]
+        assert f"- {devices} GPUs: {min(gains):.2f}x to {max(gains):.2f}x. " in page("streaming")
+    slower = [
+        (name, devices)
+        for name, each in simulation["workloads"].items()
+        for devices, found in each.items()
+        if found["disaggregated"]["seconds"] > found["colocated"]["seconds"]
+    ]
+    assert len(slower) == sum(len(each) for each in workloads) - 1
+    assert ("short, 1k", "64") not in slower

@@ -150,7 +150,7 @@ def scripted_trainer(
     output_dir: Any, model: Any = None, rollout: Callable[..., dict[str, Any]] = scripted_rollout, **overrides: Any
 ) -> OPOTrainer:
     names = ("reward_funcs", "train_dataset", "eval_dataset", "peft_config", "processing_class", "callbacks")
-    names += ("environment_factory", "optimizers", "reward_processing_classes")
+    names += ("environment_factory", "optimizers", "reward_processing_classes", "tools")
     arguments = {name: overrides.pop(name) for name in names if name in overrides}
     return OPOTrainer(
         model=tiny_model() if model is None else model,

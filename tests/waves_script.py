@@ -101,6 +101,8 @@ def finish_in_batches(trainer: OPOTrainer, script: ScriptedServer, batches: list
                             script.finished[prompt].set()
                         for _ in batch:
                             stream.wait()
+                    else:
+                        stream.wait()
                 return count
 
             waves.append(next_wave(size))
@@ -136,7 +138,7 @@ def streaming_trainer(output_dir: Any, server: VllmStandIn, **settings: Any) -> 
     }
     settings = {**defaults, **server_settings(server.url, weights), **settings}
     settings["per_device_train_batch_size"] //= int(os.environ.get("WORLD_SIZE", "1"))
-    return scripted_trainer(output_dir / "run", rollout=None, **settings)
+    return scripted_trainer(output_dir / "run", **{"rollout": None, **settings})
 
 
 def fail_in_a_wave(case: str, trainer: OPOTrainer, server: VllmStandIn, script: ScriptedServer) -> None:

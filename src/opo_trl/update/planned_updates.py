@@ -131,7 +131,9 @@ class PlannedUpdates(GRPOTrainer):
         score = lambda part, batch_size: self._token_scores(self.model, part, batch_size=batch_size)[0]  # noqa: E731
         planner, obstacle = UpdatePlanner(micro_batches=1), self._obstacle(batch)
         if self.model.training:
-            planner, obstacle = self._planner, self._agreement.agree(obstacle, batch)
+            rows, per_micro_batch = len(batch["completion_ids"]), self.args.per_device_train_batch_size
+            fewest = min(self._planner.micro_batches, -(-rows // per_micro_batch))  # a wave is a part of a step
+            planner, obstacle = replace(self._planner, micro_batches=fewest), self._agreement.agree(obstacle, batch)
         if obstacle is not None:
             return score_batch(batch, planner.micro_batches, score)
         step = planner.plan_before_advantages(batch, chosen, self.accelerator)

@@ -1,0 +1,67 @@
+"""Waves and their micro-batches: what any order of arrival keeps, and cases that can be counted by hand."""
+
+import itertools
+
+import pytest
+
+from opo_trl.rollouts.streaming import request_seed
+from opo_trl.rollouts.waves import WaveSchedule
+
+
+def test_a_wave_ends_where_a_micro_batch_does():
+    schedule = WaveSchedule(prompts=8, micro_batches=4)
+    assert schedule.wave_size(taken=0, complete=1, generating=7) == 0
+    assert schedule.wave_size(taken=0, complete=3, generating=5) == 2
+    assert schedule.wave_size(taken=2, complete=5, generating=1) == 4
+    assert schedule.wave_size(taken=6, complete=2, generating=0) == 2
+
+
+def test_more_micro_batches_than_groups_take_each_group_as_it_comes():
+    schedule = WaveSchedule(prompts=3, micro_batches=12)
+    assert schedule.wave_size(taken=0, complete=1, generating=2) == 1
+    assert schedule.share(groups=1, used=0, rows=8, last=False) == 4
+
+
+@pytest.mark.parametrize(("prompts", "micro_batches", "multiple"), [(12, 5, 1), (12, 4, 3), (12, 1, 2), (6, 24, 2)])
+@pytest.mark.parametrize("at_once", [1, 2, 5, 12])
+def test_every_group_is_in_one_wave_and_every_micro_batch_is_used_once(prompts, micro_batches, multiple, at_once):
+    schedule = WaveSchedule(prompts, micro_batches, multiple)
+    taken = complete = used = waiting = 0
+    largest = -(-prompts // micro_batches) + multiple - 1
+    while taken < prompts:
+        complete = min(complete + at_once, prompts - taken)
+        size = schedule.wave_size(taken, complete, prompts - taken - complete)
+        if not size:
+            continue
+        assert size % multiple == 0
+        taken, complete, waiting = taken + size, complete - size, waiting + size
+        share = schedule.share(taken, used, rows=4 * waiting, last=taken == prompts)
+        if share:
+            assert waiting / share <= largest
+            waiting = 0
+        used += share
+    assert (taken, used, waiting) == (prompts, micro_batches, 0)
+
+
+def test_what_a_wave_without_rows_does_not_use_goes_to_the_next_ones():
+    schedule = WaveSchedule(prompts=8, micro_batches=4)
+    assert schedule.share(groups=2, used=0, rows=0, last=False) == 0
+    assert schedule.share(groups=4, used=0, rows=8, last=False) == 2
+    assert schedule.share(groups=4, used=0, rows=1, last=False) == 1
+    assert schedule.share(groups=8, used=2, rows=0, last=True) == 2
+
+
+def test_one_micro_batch_is_kept_for_the_last_wave():
+    """With refill rounds, the groups may be as many as the step has prompts before all rounds have come."""
+    schedule = WaveSchedule(prompts=4, micro_batches=4)
+    assert schedule.share(groups=9, used=0, rows=40, last=False) == 3
+    assert schedule.share(groups=9, used=3, rows=40, last=False) == 0
+
+
+def test_no_two_requests_of_a_run_share_a_seed():
+    """vLLM adds the number of the completion to the seed of its request."""
+    seeds = [request_seed(*key) for key in itertools.product((0, 1), range(20), range(50))]
+    streams = {seed + i for seed in seeds for i in range(16)}
+    assert len(streams) == 16 * len(seeds)
+    assert max(seeds) + 16 < 2**63
+    assert request_seed(3, 7, 5) == request_seed(3, 7, 5)
