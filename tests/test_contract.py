@@ -23,7 +23,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils.hub import PushInProgress
 from trl import GRPOConfig, GRPOTrainer
 from trl.generation import vllm_generation
-from trl.generation.vllm_client import VLLMClient
+from trl.generation.vllm_client import VLLMClient, parse_logprobs
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.models import utils as trl_models
 from trl.trainer import utils as trl_utils
@@ -284,6 +284,24 @@ def test_generation_by_a_server():
     assert parameters(VLLMClient.reset_prefix_cache) == ["self"]
     assert parameters(VLLMClient.image_features)[:2] == ["self", "images"]
     assert parameters(VLLMClient.generate)[:4] == ["self", "prompts", "features", "n"]
+
+
+def test_a_streamed_step_generates_and_steps_as_the_parents_do():
+    """What `opo_trl.rollouts.streamed_steps` does before the first wave, and when gradients are scaled."""
+    generation = inspect.getsource(GRPOTrainer._generate_single_turn)
+    synchronise = generation.index("if self.state.global_step != self._last_loaded_step:")
+    assert synchronise < generation.index("self.vllm_generation.sync_weights()")
+    assert "_, completion_ids, logprobs, _ = self.vllm_generation.generate(" in generation
+    assert parameters(GRPOTrainer._tokenize_prompts) == ["self", "prompts"]
+    assert "prompt_ids, images, multimodal_fields = self._tokenize_prompts(" in inspect.getsource(GRPOTrainer._generate)
+    server_mode = inspect.getsource(VLLMGeneration.generate)
+    assert "ordered_set_of_prompt_ids = all_prompts[::num_generations]" in server_mode
+    assert "accelerator.process_index * len(prompts)" in server_mode
+    assert parameters(parse_logprobs) == ["choices_logprobs"]
+    assert parameters(GRPOTrainer.training_step) == ["self", "model", "inputs", "num_items_in_batch"]
+    epoch = inspect.getsource(Trainer._run_epoch)
+    order = [epoch.index(f"self.{name}(") for name in ("training_step", "_clip_grad_norm", "_get_grad_norm")]
+    assert order == sorted(order)
 
 
 # Fields of GRPOConfig that cannot contradict OPO, or that `OPOConfig.check_contract` judges apart from its table.

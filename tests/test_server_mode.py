@@ -16,6 +16,7 @@ from opo_trl.rollouts import server_client, watched_session, weight_file_client
 from opo_trl.rollouts.server_generation import ServerError
 from opo_trl.runs.checkpoints import latest_complete
 from pages import page
+from policy_engine import PolicyEngine
 from tiny import scripted_trainer, tiny_model
 from vllm_stand_in import Died, vllm_stand_in
 
@@ -229,6 +230,51 @@ def test_a_frozen_server_ends_the_run(tmp_path, server, monkeypatch):
     with pytest.raises(ServerError, match=r"has not answered for 0\.2 seconds while it was at work \(ReadTimeout"):
         trainer.train()
     thaw.set()
+
+
+# ---- A server that is not the policy
+
+
+def sample_from(network, body):
+    """Completions of the tiny policy in the form of vLLM's answer."""
+    engine = PolicyEngine(body["temperature"], body["max_tokens"])
+    engine.network = network
+    prompts = [prompt for prompt in body["prompt"] for _ in range(body["n"])]
+    _, completions, logprobs, _ = engine.generate(prompts, None, body["n"])
+    choices = []
+    for i, (prompt, ids, values) in enumerate(zip(prompts, completions, logprobs, strict=True)):
+        tokens = [f"token_id:{token}" for token in ids]
+        scores = {"tokens": tokens, "token_logprobs": [value for (value,) in values], "top_logprobs": [None] * len(ids)}
+        choices.append({"index": i, "prompt_token_ids": prompt, "token_ids": ids, "logprobs": scores})
+    return {"choices": choices}
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("noise", [0.0, 0.3])
+def test_a_server_that_serves_another_policy_is_refused_before_the_first_step(tmp_path, server, streamed, noise):
+    """It says that it has taken the weights: only its completions show that it has not."""
+    real = server.answer
+
+    def answer(path, body):
+        if path != "/v1/completions":
+            return real(path, body)
+        network = tiny_model()
+        network.load_state_dict(server.model.weights, strict=False)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            network.lm_head.weight += noise * torch.randn_like(network.lm_head.weight)
+        return sample_from(network, body)
+
+    server.answer = answer
+    settings = {"vllm_logp_tolerance": 0.1, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 6}
+    trainer = server_trainer(tmp_path, server, max_steps=1, stream_rollouts=streamed, **settings)
+    if not noise:
+        trainer.train()
+        assert trainer.state.global_step == 1
+        return
+    with pytest.raises(ValueError, match=r"must sample from the policy.*Check that the server serves this model"):
+        trainer.train()
+    assert trainer.state.global_step == 0
 
 
 # ---- What is refused before training

@@ -18,11 +18,13 @@ pytest.importorskip("vllm", reason="vllm is not installed: `make test-vllm` has 
 import torch
 
 from engines import check_ends, ends_of_ranks
+from opo_trl.rewards import math_verify_reward
 from opo_trl.rollouts import weight_file_client
 from opo_trl.rollouts.server_generation import ServerError
 from opo_trl.rollouts.weight_file import write_weights
 from opo_trl.rollouts.weight_file_client import WeightFileClient
 from opo_trl.runs.checkpoints import latest_complete
+from opo_trl.runs.guarded_functions import RewardError
 from vllm_servers import CORES, LORA, ServedPolicy, VllmServer, server_trainer
 
 KINDS = {"full": {}, "LoRA": {"peft_config": LORA}}
@@ -106,6 +108,41 @@ def test_weights_of_another_run_are_noticed(tmp_path, server):
     with pytest.raises(ServerError, match=r"the policy is version .*-000002, and its workers hold .*-000000"):
         trainer.train()
     assert trainer.state.global_step == 2
+
+
+STREAMED = {"stream_rollouts": True, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 8}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_streamed_run_trains_what_the_policy_has_sampled(tmp_path, server, kind):
+    trainer = server_trainer(tmp_path, server.url, max_steps=3, **STREAMED, **KINDS[kind])
+    trainer.train()
+    for step in trainer.state.log_history[:3]:
+        assert step["sampling/sampling_logp_difference/max"] < 1e-3
+        assert 1 <= step["streaming/waves"] <= 8
+    assert any(step["grad_norm"] > 0 for step in trainer.state.log_history[:3])
+
+
+def test_the_requests_of_a_streamed_step_that_fails_are_given_up(tmp_path, server):
+    """Else the next run waits until the server has answered all of them before it sends its weights."""
+    trainer = server_trainer(tmp_path, server.url, max_steps=1, reward=fails_once(), **STREAMED)
+    with pytest.raises(RewardError, match="only once"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+def fails_once():
+    calls = []
+
+    def math_verify(completions, **columns):
+        calls.append(completions)
+        if len(calls) == 1:
+            raise OverflowError("only once")
+        return math_verify_reward(completions, **columns)
+
+    return math_verify
 
 
 def test_two_ranks_train_and_hear_the_same_when_the_server_dies_and_resume_with_a_new_one(tmp_path, server):

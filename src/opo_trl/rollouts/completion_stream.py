@@ -114,6 +114,8 @@ class CompletionStream:
             asyncio.run_coroutine_threadsafe(self._cancel(), self._loop).result(timeout=10)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=10)
+        if not self._loop.is_running():
+            self._loop.close()
 
     def _take_in(self, answer: Any) -> None:
         if isinstance(answer, Exception):
