@@ -344,7 +344,11 @@ def run_streamed(case: str, folder: Path) -> None:
     """A streamed step of uneven waves: leave its weights, or each rank's message and those of a second attempt."""
     with vllm_stand_in() as server:
         script = ScriptedServer(server)
-        trainer = streaming_trainer(folder, server, **STREAMED.get(case, {}), **ENGINE)
+        try:
+            trainer = streaming_trainer(folder, server, **STREAMED.get(case, {}), **ENGINE)
+        except ValueError as refusal:
+            (folder / f"message.{os.environ['RANK']}").write_text(str(refusal))
+            return
         waves = finish_in_batches(trainer, script, UNEVEN)
         if case in INTERRUPTED:
             fail_in_a_wave(case, trainer, server, script)

@@ -24,6 +24,8 @@ from engines import (
     two_processes,
 )
 from opo_trl.runs.checkpoints import latest_complete
+from tiny import relative_error
+from waves_script import STREAMED, plain_update, streamed_update
 
 SHARDED = {"fsdp2", "zero3"}
 REFUSED = {"zero2": ["mismatched accumulation"], "zero3": ["evaluated first"]}
@@ -38,7 +40,7 @@ def run_of(tmp_path_factory):
         if engine.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
             pytest.skip("deepspeed is not installed: `make test-slow` installs it")
         directory = tmp_path_factory.mktemp(engine)
-        cases = [*EVERY_ENGINE, *BAD_NUMBERS, *SELF_TESTS, "generating", *REFUSED.get(engine, [])]
+        cases = [*EVERY_ENGINE, *BAD_NUMBERS, *SELF_TESTS, *STREAMED, "generating", *REFUSED.get(engine, [])]
         two_processes(engine, cases, directory)
         return directory
 
@@ -99,6 +101,19 @@ def test_the_self_test_of_vllm_scores_with_sharded_weights(run_of, engine, case)
     messages = [(run_of(engine) / case / f"message.{rank}").read_text() for rank in (0, 1)]
     assert messages[0] == messages[1]
     assert SELF_TESTS[case] in messages[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", STREAMED)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_streamed_step_has_the_gradient_of_one_that_is_not_streamed(run_of, tmp_path, engine, case):
+    if engine.startswith("zero") and STREAMED[case].get("loss_type") != "dr_grpo":
+        messages = [(run_of(engine) / case / f"message.{rank}").read_text() for rank in (0, 1)]
+        assert all("`loss_type` must be 'dr_grpo' under DeepSpeed, got 'dapo'" in message for message in messages)
+        return
+    outcome = read_outcome(run_of(engine) / case)
+    assert outcome.engine == ENGINES[engine]
+    assert relative_error(streamed_update(outcome.weights), plain_update(tmp_path, **STREAMED[case])) < 2e-6
 
 
 @pytest.mark.slow

@@ -6,10 +6,12 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from opo_trl import OPOTrainer
 from test_update import sampler_logprobs
-from tiny import SCRIPT, scripted_trainer, tiny_tokenizer
-from vllm_stand_in import Died, VllmStandIn
+from tiny import SCRIPT, scripted_trainer, tiny_model, tiny_tokenizer, update_of
+from vllm_stand_in import Died, VllmStandIn, vllm_stand_in
 
 
 def score(prompts: list[str], completions: list[str], **kwargs: Any) -> list[float | None]:
@@ -164,3 +166,15 @@ def fail_in_a_wave(case: str, trainer: OPOTrainer, server: VllmStandIn, script: 
         return rewards(prompts=prompts, **kwargs)
 
     trainer.reward_funcs[0] = trainer._guard.reward(fails_in_a_wave, "fails_in_a_wave")
+
+
+def plain_update(output_dir: Any, **settings: Any) -> dict[str, torch.Tensor]:
+    """The update of a step that is not streamed, of one process."""
+    with vllm_stand_in() as server:
+        ScriptedServer(server)
+        return update_of(streaming_trainer(output_dir, server, stream_rollouts=False, **settings))
+
+
+def streamed_update(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """How far weights are from those that every trainer here starts with."""
+    return {name: weights[name] - start.detach() for name, start in tiny_model().named_parameters()}
