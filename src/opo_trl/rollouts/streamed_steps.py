@@ -85,6 +85,7 @@ class StreamedSteps(GRPOTrainer):
         return self._streaming.next_micro_batch()
 
     def _start_streamed_step(self, streaming: Streaming, rows: list[dict[str, Any]]) -> None:
+        self._check_rows(rows)
         if self.state.global_step != self._last_loaded_step:  # as the parent does before it generates
             self.vllm_generation.sync_weights()
             self._last_loaded_step = self.state.global_step
@@ -102,7 +103,7 @@ class StreamedSteps(GRPOTrainer):
     def _finish_streamed_step(self, step: Round, seconds: float) -> None:
         rollout: Rollout = step.rollout
         self._observe(rollout)
-        self._log_rollout(rollout)
+        self._log_step(rollout)
         self._phases.generate_took(seconds)
         # The gradient is divided by the first normaliser, and is to be by the one of all groups.
         self._scale_step((self._first_normalizer() / self._loss_normalizer(rollout)).item())
