@@ -207,7 +207,7 @@ class ServerClient(VLLMClient):
 
     def end_stream(self) -> None:
         """End the streamed step: what the server still generates for it is given up."""
-        stream, self._stream = self._stream, None
+        stream, self._stream, self._seeds = self._stream, None, None
         if stream is not None:
             stream.close()
 
