@@ -37,7 +37,7 @@ STREAMED: dict[str, dict[str, Any]] = {
 # What ends the first attempt on all ranks with one message; a second one trains.
 INTERRUPTED = {
     "streamed, reward fails": "The reward function 'fails_in_a_wave' failed on rank 1: OverflowError: rank 1 only",
-    "streamed, server dies": "failed while generating: ConnectionError: ",
+    "streamed, server dies": "failed while generating: the connection broke (",
     "streamed, server refuses": "failed while generating: /v1/completions answers 500: ",
     "streamed, server restarts": "failed while generating: the policy is version ",
 }
@@ -144,7 +144,7 @@ def streaming_trainer(output_dir: Any, server: VllmStandIn, **settings: Any) -> 
 
 
 def fail_in_a_wave(case: str, trainer: OPOTrainer, server: VllmStandIn, script: ScriptedServer) -> None:
-    """Have the second wave of the first attempt fail, with gradients of the first one accumulated."""
+    """Have the last wave of the first attempt fail, with gradients of those before it accumulated."""
 
     def die() -> None:
         raise Died
@@ -155,12 +155,12 @@ def fail_in_a_wave(case: str, trainer: OPOTrainer, server: VllmStandIn, script: 
     faults = {"server dies": die, "server refuses": refuse, "server restarts": server.restart}
     fault = case.removeprefix("streamed, ")
     if fault in faults:
-        script.faults["three"] = faults[fault]
+        script.faults["seven!"] = faults[fault]
         return
     rewards = trainer.reward_funcs[0]
 
     def fails_in_a_wave(prompts: list[str], **kwargs: Any) -> Any:
-        if "three" in prompts and trainer.accelerator.process_index == trainer.accelerator.num_processes - 1:
+        if "seven!" in prompts and trainer.accelerator.process_index == trainer.accelerator.num_processes - 1:
             trainer.reward_funcs[0] = rewards
             raise OverflowError(f"rank {trainer.accelerator.process_index} only")
         return rewards(prompts=prompts, **kwargs)

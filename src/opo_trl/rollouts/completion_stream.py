@@ -144,7 +144,7 @@ class CompletionStream:
                 if seconds is None:
                     raise ConnectionError(f"no connection to {self._base_url}: {error}") from error
             except httpx.TransportError as error:
-                raise ConnectionError(f"{type(error).__name__}: {error}") from error
+                raise ConnectionError(f"the connection broke ({type(error).__name__}: {error})") from error
             else:
                 if response.status_code == 200:
                     answer: dict[str, Any] = response.json()

@@ -32,6 +32,7 @@ class StreamedSteps(GRPOTrainer):
 
     args: Any
     model: Any
+    _last_loaded_step: int  # of the parent: the step whose weights the server has
     _chosen: ChosenPrompts | None
     _refilling: Refilling | None
 
