@@ -297,16 +297,12 @@ def documented_metrics():
     return set(named)
 
 
-<<<<<<< HEAD
 TIMING = "profiling/Time taken: OPOTrainer."
 # These need tools, a mixture of experts, generation by transformers or by vLLM.
 ELSEWHERE = {"tools/call_frequency", "tools/failure_frequency", "aux_loss"}
 BY_ENGINE = ("transformers.generate", "transformers.generate_batch", "vLLM.generate", "sync_weights")
 ELSEWHERE |= {TIMING + block for block in BY_ENGINE}
-=======
-ELSEWHERE = {"tools/call_frequency", "tools/failure_frequency", "aux_loss"}  # need tools, or a mixture of experts
 STREAMED = {"streaming/waves", "streaming/generation_seconds"}  # need a server
->>>>>>> 8f9060c (List what streaming logs, refuses and relies on)
 AT_THE_END = {"train_loss", "train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos"}
 
 

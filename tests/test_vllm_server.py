@@ -115,12 +115,13 @@ STREAMED = {"stream_rollouts": True, "per_device_train_batch_size": 8, "gradient
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_streamed_run_trains_what_the_policy_has_sampled(tmp_path, server, kind):
-    trainer = server_trainer(tmp_path, server.url, max_steps=3, **STREAMED, **KINDS[kind])
+    trainer = server_trainer(tmp_path, server.url, **STREAMED, **KINDS[kind])
     trainer.train()
-    for step in trainer.state.log_history[:3]:
-        assert step["sampling/sampling_logp_difference/max"] < 1e-3
-        assert 1 <= step["streaming/waves"] <= 8
-    assert any(step["grad_norm"] > 0 for step in trainer.state.log_history[:3])
+    steps = trainer.state.log_history[:4]
+    assert all(1 <= step["streaming/waves"] <= 8 for step in steps)
+    trained = [step for step in steps if step["grad_norm"] > 0]  # else all rewards were equal
+    assert trained
+    assert all(step["sampling/sampling_logp_difference/max"] < 1e-3 for step in trained)
 
 
 def test_the_requests_of_a_streamed_step_that_fails_are_given_up(tmp_path, server):
