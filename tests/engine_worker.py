@@ -356,6 +356,10 @@ def run_streamed(case: str, folder: Path) -> None:
             if "dies" in case:
                 return
             script.finish_all()
+            if trainer.is_fsdp_enabled:
+                (folder / "again").mkdir(exist_ok=True)
+                leave_refusal(trainer, folder / "again")
+                return
         trainer.train()
         (folder / f"waves.{distributed.get_rank()}").write_text(json.dumps(waves))
         leave(trainer, folder)

@@ -41,6 +41,7 @@ def run_of(tmp_path_factory):
             pytest.skip("deepspeed is not installed: `make test-slow` installs it")
         directory = tmp_path_factory.mktemp(engine)
         cases = [*EVERY_ENGINE, *BAD_NUMBERS, *SELF_TESTS, *STREAMED, "generating", *REFUSED.get(engine, [])]
+        cases += ["streamed, reward fails"] if engine == "fsdp2" else []
         two_processes(engine, cases, directory)
         return directory
 
@@ -114,6 +115,15 @@ def test_a_streamed_step_has_the_gradient_of_one_that_is_not_streamed(run_of, tm
     outcome = read_outcome(run_of(engine) / case)
     assert outcome.engine == ENGINES[engine]
     assert relative_error(streamed_update(outcome.weights), plain_update(tmp_path, **STREAMED[case])) < 2e-6
+
+
+@pytest.mark.slow
+def test_a_step_that_has_failed_under_fsdp_is_not_followed_by_another_one(run_of):
+    """Its gradients stay in FSDP, and `zero_grad` does not reach them."""
+    for rank in (0, 1):
+        folder = run_of("fsdp2") / "streamed, reward fails"
+        assert "OverflowError: rank 1 only" in (folder / f"message.{rank}").read_text()
+        assert "Under DeepSpeed and FSDP a step must not end" in (folder / "again" / f"message.{rank}").read_text()
 
 
 @pytest.mark.slow
