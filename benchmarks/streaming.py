@@ -79,11 +79,12 @@ def save_policy(folder: Path, layers: int, width: int) -> None:
         layer.mlp.down_proj.weight[:CLASSES] = 0
     head.mul_(0.1)
     head[:, :CLASSES] = -30
-    scale = (width / 2) ** 0.5  # of a class's dimension after the last norm: two unit vectors in `width` dimensions
+    for number in range(CLASSES):
+        embedding[tokens_of(number), number] = 1
+        head[tokens_of(number), number] = 0
     for number in range(CLASSES):
         tokens = tokens_of(number)
-        embedding[tokens, number] = 1
-        head[tokens, number] = 0
+        scale = model.model(torch.tensor([tokens * 4])).last_hidden_state[0, :, number].mean()  # after the last norm
         ends = 1 / mean_length(number)
         head[1, number] = torch.tensor(ends * len(tokens) / (1 - ends)).log() / scale
     model.save_pretrained(folder)

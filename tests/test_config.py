@@ -251,6 +251,7 @@ def test_every_field_is_documented_and_overrides_keep_the_parents_names():
         "prompt_sampling",
         "rollout_importance_sampling_correction",
         "skip_uninformative",
+        "stream_rollouts",
         "vllm_dtype",
         "vllm_logp_tolerance",
         "vllm_weight_dir",
