@@ -224,8 +224,8 @@ class ReliableRuns(GRPOTrainer):
         in_step = self._step % self.args.gradient_accumulation_steps
         if in_step and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             raise ValueError(
-                "Under DeepSpeed and FSDP a step must not end before its last micro-batch, since they keep its gradients: "
-                f"it ended after {in_step} of {self.args.gradient_accumulation_steps}. Build a new trainer, "
+                "Under DeepSpeed and FSDP a step must not end before its last micro-batch, since they keep its "
+                f"gradients: it ended after {in_step} of {self.args.gradient_accumulation_steps}. Build a new trainer, "
                 "and let callbacks stop an epoch in `on_step_end`, not in `on_substep_end`."
             )
         if in_step:
