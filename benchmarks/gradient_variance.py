@@ -2,6 +2,7 @@
 Gradient variance and bias of every baseline, measured on a policy's own samples.
 
     python benchmarks/gradient_variance.py           # the tiny policy at three stages; 9 minutes of CPU time
+    python benchmarks/gradient_variance.py --task long_chains --prompts 32 --samples 64 --stages fresh
     python benchmarks/gradient_variance.py --models NAME_OR_DIR --dataset openai/gsm8k:train:main --output FILE.json
 
 For each of `--prompts` problems, `--samples` completions are sampled and scored, and the gradient g_i of the
@@ -23,14 +24,17 @@ squared norm of the score with respect to the logits (arXiv 2602.07078). "uncert
 one half of that and all of it. "1 - pi" is sum_t (1 - pi(y_t)), which has the same mean over y_t. The last two need
 only the probabilities of the sampled tokens. "exact" is the true |g_i|^2 (Eq. 9) of the K completions themselves.
 "optimum" is the best constant for the prompt, computed from all its samples.
+
+The inner products of each prompt are a file in `--raw_dir`, and so are the checkpoints between the stages: an
+interrupted measurement resumes, and a later one with more prompts or stages reads those that are there.
 """
 
 import argparse
+import hashlib
 import json
 import os
-import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -42,10 +46,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # policies are measured in parall
 ROOT = Path(__file__).resolve().parents[1]
 import numpy as np
 import torch
-from datasets import disable_progress_bars
+from datasets import Dataset, disable_progress_bars
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 from transformers.utils import logging
 
+from length_statistics import WEIGHTS, by_length, describe_lengths, estimate, profile, within_groups
 from measuring import RESULTS, provenance, sample_records
 from opo_trl import OPOConfig, OPOTrainer
 from opo_trl.algorithm.baselines import (
@@ -55,19 +60,17 @@ from opo_trl.algorithm.baselines import (
     no_baseline,
     optimal_baseline,
     surprise,
-    token_uncertainty,
+    uncertainties,
 )
-from opo_trl.evaluation.sampling import tokenize_prompt
+from opo_trl.evaluation.sampling import record_seed, tokenize_prompt
 from opo_trl.rewards import math_verify_reward
-from opo_trl.scripts.policies import EMBEDDED_MODEL, model_path
 from opo_trl.scripts.problems import fit_to_tokenizer, load_problems, parse_dataset
+from tasks import TASKS, Task
 from variance_report import page_tables, plot, plot_norms
 
 GROUP_SIZES = (2, 4, 8, 16)
 PARTITIONS = 64  # random partitions into groups of K; each gives an unbiased variance, their mean varies less
 LARGEST_GRADIENT = 2**20  # numbers kept of each gradient; a longer one is hashed to this size (count sketch)
-TINY_POLICY = Path(model_path(EMBEDDED_MODEL))
-STAGES = {"fresh": 0, "half-trained": 150, "trained": 300}  # optimizer steps, as in the quickstart
 
 
 class Completions(NamedTuple):
@@ -85,10 +88,11 @@ class Completions(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """The M completions of one prompt, and the inner products of their gradients."""
+    """The M completions of one prompt, the inner products of their gradients, and the uncertainty of each token."""
 
     completions: Completions
     inner_products: torch.Tensor  # (M, M)
+    tokens: Sequence[torch.Tensor] = ()  # (C,) of each completion: (1 - pi(y_t))^2
 
 
 # Called with the completions of groups and the best constant for the prompt; returns (G, K) or (G, 1).
@@ -119,7 +123,7 @@ def take_gradients(model: Any, prompt: list[int], completions: list[list[int]], 
         hashes = torch.Generator().manual_seed(0)
         places = torch.randint(LARGEST_GRADIENT, (size,), generator=hashes).to(model.device)
         signs = (2 * torch.randint(2, (size,), generator=hashes, dtype=torch.int8) - 1).to(model.device)
-    gradients, logit_norms, uncertainties, surprises, squared_norms = [], [], [], [], []
+    gradients, logit_norms, tokens, surprises, squared_norms = [], [], [], [], []
     for completion in completions:
         ids = torch.tensor([prompt + completion], device=model.device)
         log_probs = model(input_ids=ids[:, :-1]).logits[0, len(prompt) - 1 :].float().log_softmax(dim=-1)  # (C, V)
@@ -130,14 +134,39 @@ def take_gradients(model: Any, prompt: list[int], completions: list[list[int]], 
             gradient = torch.zeros(LARGEST_GRADIENT, device=model.device).index_add_(0, places, gradient * signs)
         gradients.append(gradient)
         own, every = logps.detach()[None], torch.ones_like(logps)[None]
-        uncertainties.append(token_uncertainty(own, every).item())
+        tokens.append(uncertainties(own, every)[0].cpu())
         surprises.append(surprise(own, every).item())
         logit_norms.append(logit_norm(log_probs.detach(), ids[0, len(prompt) :]).item())
     stacked = torch.stack(gradients)  # (M, D)
     lengths = [len(completion) for completion in completions]
-    columns = (rewards, lengths, logit_norms, uncertainties, surprises, squared_norms)
+    columns = (rewards, lengths, logit_norms, [each.sum().item() for each in tokens], surprises, squared_norms)
     facts = Completions(*(torch.tensor(column, dtype=torch.float64) for column in columns))
-    return Prompt(facts, (stacked @ stacked.T).double().cpu())
+    return Prompt(facts, (stacked @ stacked.T).double().cpu(), tokens)
+
+
+def save_prompt(prompt: Prompt, path: Path) -> None:
+    """Write a measured prompt; inner products as the upper triangle in single precision, uncertainties in half."""
+    rows, columns = torch.triu_indices(*prompt.inner_products.shape)
+    part = path.with_suffix(".part.npz")
+    np.savez_compressed(
+        part,
+        **{name: values.numpy() for name, values in prompt.completions._asdict().items()},
+        inner_products=prompt.inner_products[rows, columns].float().numpy(),
+        tokens=torch.cat(list(prompt.tokens)).half().numpy(),
+    )
+    part.replace(path)
+
+
+def read_prompt(path: Path) -> Prompt:
+    """Read what [`save_prompt`] wrote."""
+    with np.load(path) as stored:
+        facts = Completions(*(torch.from_numpy(stored[name]) for name in Completions._fields))
+        count = len(facts.rewards)
+        rows, columns = torch.triu_indices(count, count)
+        products = torch.zeros(count, count, dtype=torch.float64)
+        products[rows, columns] = products[columns, rows] = torch.from_numpy(stored["inner_products"]).double()
+        tokens = torch.from_numpy(stored["tokens"]).float().split(facts.lengths.long().tolist())
+    return Prompt(facts, products, tokens)
 
 
 def group_statistics(prompt: Prompt, group_size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -184,16 +213,6 @@ def group_statistics(prompt: Prompt, group_size: int, generator: torch.Generator
             dim=1,
         )
     return dict(zip(BASELINES, totals / PARTITIONS, strict=True))
-
-
-def estimate(function: Callable[[torch.Tensor], torch.Tensor], values: torch.Tensor, seed: int = 0) -> dict[str, float]:
-    """A function of means over prompts with its bootstrap interval: `values` is (prompts, ...)."""
-    rng = np.random.default_rng(seed)
-    drawn = torch.from_numpy(rng.integers(len(values), size=(2_000, len(values))))
-    counts = torch.stack([torch.bincount(row, minlength=len(values)) for row in drawn]).double()  # (2000, prompts)
-    resampled = function((counts @ values.flatten(1)).view(-1, *values.shape[1:]) / len(values))
-    low, high = np.nanquantile(resampled.numpy(), [0.025, 0.975])
-    return {"value": float(function(values.mean(dim=0)[None])[0]), "low": float(low), "high": float(high)}
 
 
 def summarize_group_size(per_prompt: list[dict[str, torch.Tensor]]) -> dict[str, dict[str, Any]]:
@@ -245,7 +264,7 @@ def describe_norms(prompts: list[Prompt]) -> dict[str, Any]:
         return (xy - x * y) / (xx - x * x)
 
     found: dict[str, Any] = {}
-    for name in ("lengths", "logit_norms", "uncertainties", "surprises"):
+    for name in WEIGHTS:
         pairs = [(getattr(one.completions, name), one.completions.squared_norms) for one in prompts]
         plain = torch.stack([moments(x, y) for x, y in pairs])
         logs = torch.stack([moments(x.clamp(min=1e-12).log(), y.clamp(min=1e-12).log()) for x, y in pairs])
@@ -257,32 +276,66 @@ def describe_norms(prompts: list[Prompt]) -> dict[str, Any]:
     return found
 
 
-def measure(policy: str, path: str, args: argparse.Namespace) -> tuple[dict[str, Any], Completions]:
-    """All measurements of one policy, and its completions, concatenated over prompts."""
-    start = time.perf_counter()
-    logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    model = model.to("cuda") if torch.cuda.is_available() else model
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    name, split, config = parse_dataset(args.dataset)
-    problems = load_problems(name, split, config=config, num_arithmetic=args.prompts)
-    problems = fit_to_tokenizer(problems.select(range(min(args.prompts, len(problems)))), tokenizer)
+def fingerprint(model: Any) -> str:
+    """A name for the weights of a model."""
+    digest = hashlib.sha256()
+    for name, values in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(values.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def take_prompt(model: Any, tokenizer: Any, problem: dict[str, Any], args: argparse.Namespace) -> Prompt:
+    """Sample and score the completions of one problem, and take their gradients."""
+    problems = Dataset.from_list([problem])
     records = sample_records(
         model, tokenizer, problems, num_samples=args.samples, max_new_tokens=args.max_new_tokens, seed=args.seed,
         batch_size=args.batch_size,
     )  # fmt: skip
-    print(f"{policy}: {len(records)} completions sampled and scored, {time.perf_counter() - start:.0f} s", flush=True)
-    prompts: list[Prompt] = []
-    for i, row in enumerate(problems):
-        own = records[i * args.samples : (i + 1) * args.samples]
-        rewards = [record["reward"] or 0.0 for record in own]
-        ids = tokenize_prompt(tokenizer, row["prompt"])
-        prompts.append(take_gradients(model, ids, [record["token_ids"] for record in own], rewards))
+    rewards = [record["reward"] or 0.0 for record in records]
+    completions = [record["token_ids"] for record in records]
+    return take_gradients(model, tokenize_prompt(tokenizer, problem["prompt"]), completions, rewards)
+
+
+def measure(policy: str, path: str, args: argparse.Namespace) -> tuple[dict[str, Any], Completions]:
+    """All measurements of one policy, and its completions, concatenated over prompts."""
+    start, cpu = time.perf_counter(), time.process_time()
+    logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    model = model.to("cuda") if torch.cuda.is_available() else model
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    problems = fit_to_tokenizer(load_held_out(args), tokenizer)
+    directory = args.raw_dir / policy.replace("/", "-")
+    directory.mkdir(parents=True, exist_ok=True)
+    weights, prompts, seconds = fingerprint(model), [], 0.0
+    for i, problem in enumerate(problems):
+        name = record_seed(weights, problem["id"], args.samples, args.max_new_tokens, args.seed)
+        raw = directory / f"{name:014x}.npz"
+        if not raw.exists():
+            save_prompt(take_prompt(model, tokenizer, problem, args), raw)
+        prompts.append(read_prompt(raw))
         if (i + 1) % 16 == 0:
-            print(
-                f"{policy}: gradients of {i + 1}/{len(problems)} prompts, {time.perf_counter() - start:.0f} s",
-                flush=True,
-            )
+            seconds = time.perf_counter() - start
+            print(f"{policy}: gradients of {i + 1}/{len(problems)} prompts, {seconds:.0f} s", flush=True)
+    summary, every = summarize(prompts, args)
+    return {
+        **summary,
+        "seconds": round(time.perf_counter() - start, 1),
+        "cpu_seconds": round(time.process_time() - cpu, 1),
+    }, every
+
+
+def load_held_out(args: argparse.Namespace) -> Dataset:
+    """The first `--prompts` problems of `--dataset`, or of the task's test split."""
+    if args.dataset is None:
+        return TASKS[args.task].load("test", args.prompts)
+    name, split, config = parse_dataset(args.dataset)
+    problems = load_problems(name, split, config=config, num_arithmetic=args.prompts)
+    return problems.select(range(min(args.prompts, len(problems))))
+
+
+def summarize(prompts: list[Prompt], args: argparse.Namespace) -> tuple[dict[str, Any], Completions]:
+    """Every statistic of the measured prompts, and their completions, concatenated."""
     generator = torch.Generator().manual_seed(args.seed)
     sizes = [size for size in GROUP_SIZES if args.samples // size >= 4]
     groups = {
@@ -290,7 +343,8 @@ def measure(policy: str, path: str, args: argparse.Namespace) -> tuple[dict[str,
     }
     every = Completions(*(torch.cat(column) for column in zip(*(one.completions for one in prompts), strict=True)))
     right = every.rewards == 1
-    summary = {
+    by_prompt = {name: [getattr(one.completions, name) for one in prompts] for name in Completions._fields}
+    return {
         "pass@1": every.rewards.mean().item(),
         "mean_length": {"right": every.lengths[right].mean().item(), "wrong": every.lengths[~right].mean().item()},
         "mean_squared_norm": {
@@ -298,27 +352,30 @@ def measure(policy: str, path: str, args: argparse.Namespace) -> tuple[dict[str,
             "wrong": every.squared_norms[~right].mean().item(),
         },
         "squared_norm_and": describe_norms(prompts),
+        "within_groups": {name: within_groups(by_prompt[name], by_prompt["squared_norms"]) for name in WEIGHTS},
+        "lengths": describe_lengths(by_prompt["lengths"]),
+        "by_length": by_length(every.lengths, every.rewards, every.squared_norms),
+        "uncertainty_by_position": profile([tokens for one in prompts for tokens in one.tokens]),
         "group_sizes": groups,
-        "seconds": round(time.perf_counter() - start, 1),
-    }
-    return summary, every
+    }, every
 
 
-def tiny_stages(directory: Path) -> dict[str, Path]:
-    """The tiny policy before, halfway through and after training with OPO, as in `make train`."""
-    problems = load_problems("arithmetic", "train", num_arithmetic=8_000)
-    last = max(STAGES.values())
-    config = OPOConfig(
-        str(directory), seed=42, learning_rate=1e-4, max_steps=last, lr_scheduler_type="constant_with_warmup",
-        warmup_steps=10, per_device_train_batch_size=64, gradient_accumulation_steps=4, max_completion_length=40,
-        save_strategy="steps", save_steps=last // 2, save_only_model=True, report_to="none", logging_steps=50,
-        use_cpu=True, bf16=False, gradient_checkpointing=False, disable_tqdm=True,
-    )  # fmt: skip
-    trainer = OPOTrainer(str(TINY_POLICY), math_verify_reward, config, problems)
-    trainer.remove_callback(PrinterCallback)
-    print(f"training the tiny policy for {last} steps, about a minute", flush=True)
-    trainer.train()
-    return {stage: directory / f"checkpoint-{step}" if step else TINY_POLICY for stage, step in STAGES.items()}
+def train_stages(task: Task, stages: Sequence[str], directory: Path) -> dict[str, str]:
+    """The policy of a task before and during training with OPO; resumes from the checkpoints in `directory`."""
+    steps = {stage: task.stages[stage] for stage in stages}
+    last, save_steps = max(steps.values()), max(task.stages.values()) // 2
+    if last and not (directory / f"checkpoint-{last}").is_dir():
+        config = OPOConfig(
+            str(directory), seed=42, max_steps=last, lr_scheduler_type="constant_with_warmup", warmup_steps=10,
+            max_completion_length=task.max_completion_length, save_strategy="steps", save_steps=save_steps // 5,
+            report_to="none", logging_steps=10, use_cpu=True, bf16=False, gradient_checkpointing=False,
+            disable_tqdm=True, **task.training,
+        )  # fmt: skip
+        print(f"training the policy to step {last}", flush=True)
+        trainer = OPOTrainer(task.policy, math_verify_reward, config, task.load("train", 8_000))
+        trainer.remove_callback(PrinterCallback)
+        trainer.train(resume_from_checkpoint="auto")
+    return {stage: str(directory / f"checkpoint-{step}") if step else task.policy for stage, step in steps.items()}
 
 
 def compared(report: dict[str, Any], committed: dict[str, Any]) -> tuple[int, list[str]]:
@@ -340,31 +397,54 @@ def compared(report: dict[str, Any], committed: dict[str, Any]) -> tuple[int, li
     return count, apart
 
 
-def main() -> None:
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", help="names or directories; default: the tiny policy at three stages")
-    parser.add_argument("--dataset", default="arithmetic:test", help="NAME, NAME:SPLIT or NAME:SPLIT:CONFIG")
+    parser.add_argument("--task", choices=TASKS, default="arithmetic", help="its policy and problems are the defaults")
+    parser.add_argument("--stages", nargs="+", help="fresh, half-trained, trained; default: all")
+    parser.add_argument("--models", nargs="+", help="names or directories, instead of the task's policy at its stages")
+    parser.add_argument("--dataset", help="NAME, NAME:SPLIT or NAME:SPLIT:CONFIG, instead of the task's test problems")
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--samples", type=int, default=256, help="completions per prompt")
-    parser.add_argument("--max_new_tokens", type=int, default=40)
+    parser.add_argument("--max_new_tokens", type=int, help="default: the task's longest completion")
     parser.add_argument("--batch_size", type=int, default=512, help="completions sampled at a time")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=RESULTS / "gradient_variance.json")
+    parser.add_argument("--raw_dir", type=Path, help="inner products and checkpoints; default: outputs/variance/TASK")
+    parser.add_argument("--output", type=Path, help="default: gradient_variance.json, for other tasks with their names")
     parser.add_argument("--check", action="store_true", help="write nothing; compare with --output")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Arguments with the task's defaults."""
     args = parser.parse_args()
+    task, suffix = TASKS[args.task], "" if args.task == "arithmetic" else f"-{args.task}"
+    args.stages = args.stages or list(task.stages)
+    if unknown := set(args.stages) - set(task.stages):
+        parser.error(f"--stages must be among {list(task.stages)}, got {sorted(unknown)}.")
+    args.max_new_tokens = args.max_new_tokens or task.max_completion_length
+    args.raw_dir = args.raw_dir or ROOT / "outputs" / "variance" / args.task
+    args.output = args.output or RESULTS / f"gradient_variance{suffix}.json"
+    return args
+
+
+def main() -> None:
+    args = parse(make_parser())
+    task = TASKS[args.task]
     disable_progress_bars()
     logging.disable_progress_bar()
 
     source = provenance()
     # On a GPU, one policy at a time; on a CPU, which a small model does not fully use, one policy per core.
-    processes = 1 if torch.cuda.is_available() else min(os.cpu_count() or 1, 4)
-    with tempfile.TemporaryDirectory() as directory, ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-        paths = {one: one for one in args.models} if args.models else tiny_stages(Path(directory))
-        found = {policy: pool.submit(measure, policy, str(path), args) for policy, path in paths.items()}
+    processes = 1 if torch.cuda.is_available() else min(len(os.sched_getaffinity(0)), 4)
+    paths = {one: one for one in args.models} if args.models else train_stages(task, args.stages, args.raw_dir)
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        found = {policy: pool.submit(measure, policy, path, args) for policy, path in paths.items()}
         policies = {policy: future.result()[0] for policy, future in found.items()}
         completions = {policy: future.result()[1] for policy, future in found.items()}
     print(*page_tables(policies).values(), sep="\n\n", flush=True)
-    settings = {"dataset": args.dataset, "prompts": args.prompts, "samples": args.samples, "partitions": PARTITIONS}
+    dataset = args.dataset or f"{args.task}:test"
+    settings = {"dataset": dataset, "prompts": args.prompts, "samples": args.samples, "partitions": PARTITIONS}
     report = {**source, "settings": {**settings, "seed": args.seed}, "policies": policies}
     if args.check:
         count, apart = compared(report, json.loads(args.output.read_text()))

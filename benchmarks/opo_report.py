@@ -16,6 +16,7 @@ TITLES = {
     "grpo_no_std": "GRPO, on-policy, no std",
     "grpo_off": "GRPO, off-policy",
     "opo_uncertainty": "OPO, uncertainty",
+    "grpo_off_4": "GRPO, off-policy, 4 steps",
 }
 
 PARTS = ("over_seeds", "difference_to_opo")
@@ -87,7 +88,7 @@ def _cell(name: str, found: dict[str, Any], part: str) -> str:
     return f"{f'**{mean}**' if outside else mean} ({low} to {high})"
 
 
-COLOR_OF = {"grpo_off": "grpo_2_steps"}
+COLOR_OF = {"grpo_off": "grpo_2_steps", "grpo_off_4": "grpo_4_steps"}
 
 
 def plot(variants: dict[str, Any], path: Path) -> None:

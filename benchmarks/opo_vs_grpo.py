@@ -1,7 +1,8 @@
 """
-OPO and GRPO on the tiny policy: six variants with the same problems, the same rollout budget and several seeds.
+OPO and GRPO: six variants with the same problems, the same rollout budget and several seeds.
 
     python benchmarks/opo_vs_grpo.py    # 116 runs of at least 45 s, one per core; resumes where it stopped
+    python benchmarks/opo_vs_grpo.py --task long_chains    # CPU hours: see below
 
 | variant         | trainer     | baseline                  | divided by std | steps per rollout batch          |
 |-----------------|-------------|---------------------------|----------------|----------------------------------|
@@ -11,6 +12,10 @@ OPO and GRPO on the tiny policy: six variants with the same problems, the same r
 | grpo_no_std     | GRPOTrainer | group mean                | no             | 1                                |
 | grpo_off        | GRPOTrainer | group mean                | yes            | 2, clip 0.2, entropy bonus 0.001 |
 | opo_uncertainty | OPOTrainer  | weighted by uncertainty   | no             | 1                                |
+| grpo_off_4      | GRPOTrainer | group mean                | yes            | 4, clip 0.2, entropy bonus 0.001 |
+
+The task `arithmetic`, the tiny policy of the quickstart, has all variants but grpo_off_4. The task `long_chains`
+(`long_chains.py`) has all but grpo_no_std. `EXPERIMENTS` has what differs between the tasks.
 
 grpo_off is the off-policy variant of the paper's experiment A. opo_uncertainty was added after gradient_variance.py had
 been run and before anything was measured on test problems. Everything else is the same for all variants: the starting
@@ -22,16 +27,19 @@ The following was decided before any run:
    best rate is the lowest or the highest one tried, the next rate of `LEARNING_RATES` on that side is added.
 2. The best rate has the highest mean pass@1 on *validation* problems at the end of training; on a tie, the lower rate.
    A run that breaks down counts as 0.
-3. Every variant is then trained with its best rate and other seeds, `SEEDS`, and measured on *test* problems, which
-   were not used to choose anything: `NUM_SAMPLES` completions each. Every metric of the table is computed from them.
+3. Every variant is then trained with its best rate and other seeds, and measured on *test* problems, which were not
+   used to choose anything: `NUM_SAMPLES` completions each. Every metric of the table is computed from them.
 4. Intervals are Student's t over seeds; differences to `opo` are paired by seed. All variants are reported.
 
 Added when the results were known, in addition to the comparison above and not in place of it: the three baselines of
-OPOTrainer at equal rates, `BASELINE_RATES`, with the same seeds and problems, because the rule selected different
+OPOTrainer at equal rates (`equal_rates`), with the same seeds and problems, because the rule selected different
 rates.
 
+The task `long_chains` keeps rules 1 to 4, with five seeds, 128 validation and 128 test problems and 100 rollout batches
+per run; its numbers were decided before any run on it, and there are no runs at equal rates.
+
 Each finished run is a file in `--output_dir`. When all runs are finished, results/opo_vs_grpo.json and .png are
-written.
+written; for another task, with its name.
 """
 
 import argparse
@@ -62,18 +70,16 @@ from opo_report import page_tables, plot
 from opo_trl import OPOConfig, OPOTrainer
 from opo_trl.evaluation import problem_metrics
 from opo_trl.rewards import math_verify_reward
-from opo_trl.scripts.policies import EMBEDDED_MODEL, model_path
-from opo_trl.scripts.problems import load_problems
+from tasks import TASKS
 
-POLICY = model_path(EMBEDDED_MODEL)
+POLICY = TASKS["arithmetic"].policy
 LEARNING_RATES = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 FIRST_GRID = (3e-5, 1e-4, 3e-4)
 SWEEP_SEEDS = (101, 102)
-SEEDS = (1, 2, 3, 4, 5, 6, 7, 8)
-NUM_VALIDATION, NUM_TEST = 256, 256  # problems
+NUM_TEST = 256  # problems of the task `arithmetic`
 NUM_SAMPLES = 8  # completions per problem, in training and in the measurements
 REFERENCE = "opo"
-BASELINE_VARIANTS, BASELINE_RATES = ("opo", "opo_mean", "opo_uncertainty"), (3e-5, 1e-4)
+BASELINE_VARIANTS = ("opo", "opo_mean", "opo_uncertainty")
 
 # A rollout batch is 16 problems x 8 completions; an on-policy step accumulates gradients over its two halves.
 ON_POLICY = {"gradient_accumulation_steps": 2}
@@ -94,11 +100,47 @@ VARIANTS: dict[str, tuple[type, type, dict[str, Any]]] = {
         },
     ),
     "opo_uncertainty": (OPOTrainer, OPOConfig, {**ON_POLICY, "baseline_weight": "uncertainty"}),
+    "grpo_off_4": (
+        GRPOTrainer,
+        GRPOConfig,
+        {
+            "per_device_train_batch_size": 32,
+            "gradient_accumulation_steps": 1,
+            "steps_per_generation": 4,
+            "scale_rewards": "group",
+            "epsilon": 0.2,
+            "entropy_coef": 0.001,
+        },
+    ),
+}
+
+
+class Experiment(NamedTuple):
+    """What differs between the tasks."""
+
+    variants: tuple[str, ...]
+    seeds: tuple[int, ...]
+    held_out: int  # problems for validation, and as many for the test
+    rollouts: int  # rollout batches per run
+    equal_rates: tuple[float, ...]  # at which the baselines of OPOTrainer are also compared
+
+
+EXPERIMENTS = {
+    "arithmetic": Experiment(
+        ("opo", "opo_mean", "grpo", "grpo_no_std", "grpo_off", "opo_uncertainty"),
+        (1, 2, 3, 4, 5, 6, 7, 8),
+        NUM_TEST,
+        200,
+        (3e-5, 1e-4),
+    ),
+    "long_chains": Experiment(
+        ("opo", "opo_mean", "opo_uncertainty", "grpo", "grpo_off", "grpo_off_4"), (1, 2, 3, 4, 5), 128, 100, ()
+    ),
 }
 METRICS = ("pass@1", "pass@8", "length", "entropy", "kl_plain", "kl_low_variance", "rep-5", "self-bleu", "truncated")
 TRAINING = ("grad_norm", "gradient_clipped", "ratio_clipped")
 MAX_GRAD_NORM = 1.0
-MAX_COMPLETION_LENGTH = 40
+MAX_COMPLETION_LENGTH = TASKS["arithmetic"].max_completion_length
 
 
 class Job(NamedTuple):
@@ -109,17 +151,18 @@ class Job(NamedTuple):
     seed: int
     split: str  # "validation" or "test"
     rollouts: int
+    task: str = "arithmetic"
 
     @property
     def name(self) -> str:
         return f"{self.variant}-{self.learning_rate:g}-{self.seed}-{self.split}-{self.rollouts}"
 
 
-def held_out(split: str) -> Any:
+def held_out(split: str, task: str = "arithmetic") -> Any:
     """Validation or test problems: disjoint from each other and from the training problems."""
-    problems = load_problems("arithmetic", "test", num_arithmetic=NUM_VALIDATION + NUM_TEST)
-    first, size = (0, NUM_VALIDATION) if split == "validation" else (NUM_VALIDATION, NUM_TEST)
-    return problems.select(range(first, first + size))
+    size = EXPERIMENTS[task].held_out
+    first = 0 if split == "validation" else size
+    return TASKS[task].load("test", 2 * size).select(range(first, first + size))
 
 
 def make_trainer(job: Job, directory: str) -> Any:
@@ -127,7 +170,7 @@ def make_trainer(job: Job, directory: str) -> Any:
     settings = VARIANTS[job.variant][2]
     steps = job.rollouts * settings.get("steps_per_generation", 2) // settings["gradient_accumulation_steps"]
     return build_trainer(
-        VARIANTS[job.variant], directory, seed=job.seed, learning_rate=job.learning_rate, max_steps=steps
+        VARIANTS[job.variant], directory, task=job.task, seed=job.seed, learning_rate=job.learning_rate, max_steps=steps
     )
 
 
@@ -137,12 +180,13 @@ def build_trainer(
     *,
     max_steps: int,
     problems: Any = None,
+    task: str = "arithmetic",
     **settings: Any,
 ) -> Any:
     """
     A trainer: shared settings, then those of the variant, then those of the run.
 
-    On the quickstart's problems unless others are given.
+    On the task's problems unless others are given.
     """
     trainer_class, config_class, of_variant = variant
     shared = {
@@ -151,7 +195,7 @@ def build_trainer(
         "warmup_steps": max_steps // 20,
         "per_device_train_batch_size": 64,
         "num_generations": NUM_SAMPLES,
-        "max_completion_length": MAX_COMPLETION_LENGTH,
+        "max_completion_length": TASKS[task].max_completion_length,
         "max_grad_norm": MAX_GRAD_NORM,
         "logging_steps": 1,
         "save_strategy": "no",
@@ -162,8 +206,8 @@ def build_trainer(
         "disable_tqdm": True,
     }
     config = config_class(directory, **shared | of_variant | settings)
-    problems = load_problems("arithmetic", "train", num_arithmetic=8_000) if problems is None else problems
-    trainer = trainer_class(POLICY, math_verify_reward, config, problems)
+    problems = TASKS[task].load("train", 8_000) if problems is None else problems
+    trainer = trainer_class(TASKS[task].policy, math_verify_reward, config, problems)
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -178,7 +222,7 @@ def prepare_worker() -> None:
 def run(job: Job) -> dict[str, Any]:
     """Train and measure one job."""
     prepare_worker()
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     result: dict[str, Any] = {"job": job._asdict(), "commit": provenance()["commit"]}
     with tempfile.TemporaryDirectory() as directory:
         trainer = make_trainer(job, directory)
@@ -198,17 +242,19 @@ def run(job: Job) -> dict[str, Any]:
         "gradient_clipped": statistics.fmean(norm > MAX_GRAD_NORM for norm in norms),
         "ratio_clipped": statistics.fmean(entry.get("clip_ratio/region_mean", 0.0) for entry in steps),
     }
-    result["metrics"] = final_metrics(trainer.model, job.split)
+    result["metrics"] = final_metrics(trainer.model, job.split, job.task)
     result["seconds"] = round(time.perf_counter() - start, 1)
+    result["cpu_seconds"] = round(time.process_time() - cpu, 1)
     return result
 
 
-def final_metrics(model: Any, split: str) -> dict[str, float]:
+def final_metrics(model: Any, split: str, task: str = "arithmetic") -> dict[str, float]:
     """Every metric of a policy on the held-out problems of a split, all from the same completions."""
-    base = AutoModelForCausalLM.from_pretrained(POLICY)
+    policy = TASKS[task].policy
+    base = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32)
     records = sample_records(
-        model, AutoTokenizer.from_pretrained(POLICY), held_out(split), num_samples=NUM_SAMPLES,
-        max_new_tokens=MAX_COMPLETION_LENGTH, seed=0, base=base,
+        model, AutoTokenizer.from_pretrained(policy), held_out(split, task), num_samples=NUM_SAMPLES,
+        max_new_tokens=TASKS[task].max_completion_length, seed=0, base=base,
     )  # fmt: skip
     metrics = problem_metrics(records)
     return {name: statistics.fmean(metrics[name].values()) for name in METRICS}
@@ -251,14 +297,15 @@ def choose_rates(
     directory: Path,
     processes: int,
     rollouts: int,
-    variants: Iterable[str] = tuple(VARIANTS),
+    variants: Iterable[str] = EXPERIMENTS["arithmetic"].variants,
     run: Callable[[Any], dict[str, Any]] = run,
+    task: str = "arithmetic",
 ) -> dict[str, dict[str, Any]]:
     """Sweep every variant's learning rate; returns the tried rates and the best by the rule in the module docstring."""
     tried: dict[str, list[float]] = {variant: list(FIRST_GRID) for variant in variants}
     while True:
         jobs = [
-            Job(variant, rate, seed, "validation", rollouts)
+            Job(variant, rate, seed, "validation", rollouts, task)
             for variant, rates in tried.items()
             for rate in rates
             for seed in SWEEP_SEEDS
@@ -267,7 +314,7 @@ def choose_rates(
         sweeps = {}
         for variant, rates in tried.items():
             scores = {
-                rate: [score(results[Job(variant, rate, seed, "validation", rollouts)]) for seed in SWEEP_SEEDS]
+                rate: [score(results[Job(variant, rate, seed, "validation", rollouts, task)]) for seed in SWEEP_SEEDS]
                 for rate in sorted(rates)
             }
             best = max(scores, key=lambda rate: (statistics.fmean(scores[rate]), -rate))
@@ -301,12 +348,15 @@ def mean_curve(curves: Sequence[Sequence[float]]) -> list[float]:
     return [round(statistics.fmean(points), 4) for points in zip(*curves, strict=True)]
 
 
-def summarize(sweeps: dict[str, Any], results: dict[Job, dict[str, Any]], rollouts: int) -> dict[str, Any]:
+def summarize(
+    sweeps: dict[str, Any], results: dict[Job, dict[str, Any]], rollouts: int, task: str = "arithmetic"
+) -> dict[str, Any]:
     """Per variant: learning rate, every metric over seeds, and the differences to OPO, paired by seed."""
     values: dict[str, dict[str, list[float]]] = {}
     variants: dict[str, Any] = {}
     for variant, sweep in sweeps.items():
-        runs = [results[Job(variant, sweep["best"], seed, "test", rollouts)] for seed in SEEDS]
+        jobs = [Job(variant, sweep["best"], seed, "test", rollouts, task) for seed in EXPERIMENTS[task].seeds]
+        runs = [results[job] for job in jobs]
         broken = [run_["broke_down"] for run_ in runs if "broke_down" in run_]
         if broken:
             raise RuntimeError(f"{variant} broke down at its best learning rate {sweep['best']:g}: {broken}")
@@ -348,49 +398,47 @@ def summarize_baselines(jobs: dict[str, list[Job]], results: dict[Job, dict[str,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rollouts", type=int, default=200, help="rollout batches per run")
+    parser.add_argument("--task", choices=EXPERIMENTS, default="arithmetic")
+    parser.add_argument("--rollouts", type=int, help="rollout batches per run, instead of the experiment's")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at a time")
-    parser.add_argument(
-        "--output_dir", type=Path, default=ROOT / "outputs" / "opo_vs_grpo", help="where finished runs are"
-    )
+    parser.add_argument("--output_dir", type=Path, help="where finished runs are; default: outputs/opo_vs_grpo[-TASK]")
     args = parser.parse_args()
-    sweeps = choose_rates(args.output_dir, args.processes, args.rollouts)
+    experiment, name = EXPERIMENTS[args.task], f"opo_vs_grpo{'' if args.task == 'arithmetic' else f'-{args.task}'}"
+    rollouts, directory = args.rollouts or experiment.rollouts, args.output_dir or ROOT / "outputs" / name
+    sweeps = choose_rates(directory, args.processes, rollouts, experiment.variants, task=args.task)
     print({variant: sweep["best"] for variant, sweep in sweeps.items()}, flush=True)
-    jobs = [
-        Job(variant, sweeps[variant]["best"], seed, "test", args.rollouts) for seed in SEEDS for variant in VARIANTS
-    ]
-    results = complete(jobs, args.output_dir, args.processes)
-    variants = summarize(sweeps, results, args.rollouts)
-    alone = {
-        rate: {
-            variant: [Job(variant, rate, seed, "test", args.rollouts) for seed in SEEDS]
-            for variant in BASELINE_VARIANTS
-        }
-        for rate in BASELINE_RATES
-    }
+
+    def tests(variant: str, rate: float) -> list[Job]:
+        return [Job(variant, rate, seed, "test", rollouts, args.task) for seed in experiment.seeds]
+
+    by_variant = [tests(variant, sweeps[variant]["best"]) for variant in experiment.variants]
+    results = complete([job for jobs in zip(*by_variant, strict=True) for job in jobs], directory, args.processes)
+    variants = summarize(sweeps, results, rollouts, args.task)
+    alone = {rate: {variant: tests(variant, rate) for variant in BASELINE_VARIANTS} for rate in experiment.equal_rates}
     every = [job for of_rate in alone.values() for of_variant in of_rate.values() for job in of_variant]
-    results |= complete(every, args.output_dir, args.processes)
+    results |= complete(every, directory, args.processes)
     baselines = {f"{rate:g}": summarize_baselines(of_rate, results) for rate, of_rate in alone.items()}
     report = {
         **provenance(),
         "commit": ", ".join(sorted({result["commit"] for result in results.values()})),  # of the runs
         "rule": "highest mean validation pass@1 over the sweep's seeds; the lower rate on a tie",
         "settings": {
-            "rollouts": args.rollouts,
+            "task": args.task,
+            "rollouts": rollouts,
             "completions_per_rollout_batch": 128,
             "sweep_seeds": SWEEP_SEEDS,
-            "seeds": SEEDS,
-            "validation_problems": NUM_VALIDATION,
-            "test_problems": NUM_TEST,
+            "seeds": experiment.seeds,
+            "validation_problems": experiment.held_out,
+            "test_problems": experiment.held_out,
             "samples_per_problem": NUM_SAMPLES,
-            "max_completion_length": MAX_COMPLETION_LENGTH,
-            "variants": {variant: settings for variant, (_, _, settings) in VARIANTS.items()},
+            "max_completion_length": TASKS[args.task].max_completion_length,
+            "variants": {variant: VARIANTS[variant][2] for variant in experiment.variants},
         },
         "variants": variants,
         "baselines_at_equal_rates": baselines,
     }
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / "opo_vs_grpo.json"
+    path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(report, indent=1) + "\n")
     plot(variants, path.with_suffix(".png"))
     print(*page_tables(report).values(), sep="\n\n")

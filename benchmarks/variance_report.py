@@ -1,4 +1,4 @@
-"""The tables and the figure of docs/variance.md, from the results of gradient_variance.py."""
+"""The tables and the figure of docs/variance.md and long_chains.md, from the results of gradient_variance.py."""
 
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,9 @@ WEIGHTS = {
     "uncertainties": "uncertainty",
     "surprises": "1 - pi",
 }
+
+
+WITHIN = ("correlation", "log_log_correlation", "log_log_slope")
 
 
 def page_tables(policies: dict[str, Any]) -> dict[str, str]:
@@ -69,6 +72,53 @@ def page_tables(policies: dict[str, Any]) -> dict[str, str]:
         "norms": markdown_table(["policy", *heads["norms"]], norms),
         "weights": markdown_table(["weight", *heads["weights"]], weights),
         "bias": markdown_table(["policy", "K", *heads["bias"]], bias),
+    }
+
+
+def length_tables(policies: dict[str, Any]) -> dict[str, str]:
+    """The tables of docs/long_chains.md that docs/variance.md does not have, as Markdown."""
+    shares = ("0", "0.05", "0.25", "0.5", "0.75", "0.95", "1")
+    lengths = [
+        [
+            policy,
+            *(f"{each['lengths']['quantiles'][share]:.0f}" for share in shares),
+            *(f"{each['lengths']['within_prompts'][name]:.1f}" for name in ("q95_over_q05", "longest_over_shortest")),
+        ]
+        for policy, each in policies.items()
+    ]
+    ranges = [
+        [
+            policy,
+            f"{row['shortest']:.0f} to {row['longest']:.0f}",
+            str(row["completions"]),
+            f"{row['pass@1']:.2f}",
+            *(f"{row['squared_norm'][kind]:,.0f}" for kind in ("right", "wrong")),
+        ]
+        for policy, each in policies.items()
+        for row in each["by_length"]
+    ]
+    positions = [
+        [policy, f"{row['from']} to {row['to'] - 1}", f"{row['tokens']:,}", f"{row['uncertainty']:.3f}"]
+        for policy, each in policies.items()
+        for row in each["uncertainty_by_position"]
+    ]
+    within = [
+        [policy, name, *(_cell(each["within_groups"][weight][part]) for part in WITHIN)]
+        for policy, each in policies.items()
+        for weight, name in WEIGHTS.items()
+    ]
+    quantiles = ["shortest", *(f"{100 * float(share):.0f} %" for share in shares[1:-1]), "longest"]
+    return {
+        "lengths": markdown_table(
+            ["policy", *quantiles, "95 % / 5 % within a prompt", "longest / shortest within a prompt"], lengths
+        ),
+        "ranges": markdown_table(
+            ["policy", "length", "completions", "pass@1", "squared norm, right", "squared norm, wrong"], ranges
+        ),
+        "positions": markdown_table(["policy", "position", "tokens", "uncertainty per token"], positions),
+        "within": markdown_table(
+            ["policy", "weight, within groups", "correlation", "correlation of logarithms", "log-log slope"], within
+        ),
     }
 
 

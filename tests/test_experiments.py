@@ -189,7 +189,9 @@ def test_intervals_over_seeds_are_student_t():
     assert (found["high"] - found["low"]) / 2 == pytest.approx(half, rel=1e-5)
 
 
-def test_every_variant_but_the_off_policy_one_takes_one_step_per_rollout_batch():
+def test_every_variant_but_the_off_policy_ones_takes_one_step_per_rollout_batch():
     for variant, (_, _, settings) in opo_vs_grpo.VARIANTS.items():
         steps = settings.get("steps_per_generation", settings["gradient_accumulation_steps"])
-        assert steps // settings["gradient_accumulation_steps"] == (2 if variant == "grpo_off" else 1)
+        expected = {"grpo_off": 2, "grpo_off_4": 4}.get(variant, 1)
+        assert steps // settings["gradient_accumulation_steps"] == expected
+        assert steps * settings.get("per_device_train_batch_size", 64) == 128, "completions per rollout batch"
