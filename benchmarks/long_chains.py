@@ -1,21 +1,21 @@
 r"""
 Long chains: generated problems whose solutions vary in length by a factor of four and more.
 
-A problem is a sum of 9 to 17 numbers in which every operation has a label, such as `17a+8b-2c+5=?`. A solution works
+A problem is a sum of 9 to 17 numbers in which every operation has a label, such as `17a+4b-2c+5=?`. A solution works
 through the labels in order, in one of three styles, and may do so twice:
 
 | style    | a step                                                             | tokens per step |
 |----------|--------------------------------------------------------------------|-----------------|
-| direct   | `a25,`                                                             | 3               |
-| stepwise | `a17+8=25,`                                                        | 7               |
-| checked  | `a17+8=25(25-8=17),` in 40 to 100 % of the steps, else as stepwise | 7 to 14         |
+| direct   | `a+4,21`                                                           | 4               |
+| stepwise | `a17+4=21,`                                                        | 6               |
+| checked  | `a17+4=21(21-4=17),` in 40 to 100 % of the steps, else as stepwise | 6 to 12         |
 
 Solutions contain mistakes, so that a policy trained on them gives right and wrong answers of all lengths. A step is
 wrong with the style's probability in `MISTAKES`, and the chain continues from the wrong number. A check finds a
-mistake with probability `FOUND` and repeats the step (`a17+8=26(26-8=18)!a17+8=25(25-8=17),`); otherwise the check is
-wrong too. A repeated pass starts after `|`, without checks, and its result is the answer. The separator after a step is
-drawn from `,`, `;` and a space and carries no information: like the choice of words in a text, it makes tokens
-uncertain all along the chain. Every number is one token.
+mistake with probability `FOUND` and repeats the step (`a17+4=22(22-4=18)!a17+4=21(21-4=17),`); otherwise the check is
+wrong too. A repeated pass starts after `|`, and its result is the answer. The separator of a step is drawn from `,`,
+`;` and a space and carries no information: like the choice of words in a text, it makes tokens uncertain all along the
+chain. Every number is one token, and so is every operation.
 
 Every problem belongs to exactly one split, decided by a hash of its text.
 """
@@ -30,7 +30,7 @@ from opo_trl.scripts.arithmetic import SPLIT_SHARES, split_of
 
 LABELS = "abcdefghijklmnop"
 FEWEST_OPERATIONS, MOST_OPERATIONS = 8, len(LABELS)
-LARGEST_OPERAND = 9
+LARGEST_OPERAND = 5
 SMALLEST_TOTAL, LARGEST_TOTAL = 5, 24  # of the right chain
 LARGEST_NUMBER = 29  # of a chain with mistakes; its smallest is 0
 
@@ -42,21 +42,24 @@ REPEATED = 0.25
 CHECKED_SHARE = (0.4, 1.0)
 SEPARATORS = {",": 0.6, ";": 0.25, " ": 0.15}
 ERRORS = (-2, -1, 1, 2)
-TOKENS = r"\\boxed\{|\d+|."
+TOKENS = r"\\boxed\{|[+-]\d|\d+|."
 LONGEST_SOLUTION = 400  # tokens, the end token included
 
 
-def make_problem(rng: random.Random) -> dict[str, Any]:
-    """Draw one problem: its text, its operations as signed numbers, and its answer."""
+def make_problem(
+    rng: random.Random, fewest: int = FEWEST_OPERATIONS, most: int = MOST_OPERATIONS, first_label: int = 0
+) -> dict[str, Any]:
+    """Draw one problem: its text, its operations as signed numbers with their labels, and its answer."""
     start = total = rng.randint(SMALLEST_TOTAL, LARGEST_TOTAL)
     operations = []
-    for _ in range(rng.randint(FEWEST_OPERATIONS, MOST_OPERATIONS)):
+    for _ in range(rng.randint(fewest, most)):
         operand = rng.randint(1, LARGEST_OPERAND)
         allowed = [signed for signed in (operand, -operand) if SMALLEST_TOTAL <= total + signed <= LARGEST_TOTAL]
         operations.append(rng.choice(allowed))
         total += operations[-1]
-    text = str(start) + "".join(f"{label}{signed:+d}" for label, signed in zip(LABELS, operations, strict=False))
-    return {"problem": f"{text}=?", "start": start, "operations": operations, "answer": str(total)}
+    labelled = list(zip(LABELS[first_label:], operations, strict=False))
+    text = str(start) + "".join(f"{label}{signed:+d}" for label, signed in labelled)
+    return {"problem": f"{text}=?", "start": start, "operations": labelled, "answer": str(total)}
 
 
 def write_solution(
@@ -80,49 +83,47 @@ def write_solution(
     """
     style = style or rng.choices(list(STYLES), STYLES.values())[0]
     rate = MISTAKES[style] if mistakes else 0.0
+    share = rng.uniform(*CHECKED_SHARE) if style == "checked" else 0.0
     while True:
-        share = rng.uniform(*CHECKED_SHARE) if style == "checked" else 0.0
-        steps, answer = _pass(problem, rng, style, rate, share)
+        steps, totals = _pass(problem, rng, style, rate, share)
         if rng.random() < REPEATED:
-            again, answer = _pass(problem, rng, style, rate, 0.0)
-            steps += "|" + again
-        solution = f"{steps}{BOX}{answer}}}"
-        if in_range(solution):
+            again, others = _pass(problem, rng, style, rate, share)
+            steps, totals = f"{steps}|{again}", totals + others
+        solution = f"{steps}{BOX}{totals[-1]}}}"
+        in_range = min(totals) >= 0 and max(totals) <= LARGEST_NUMBER
+        if in_range and count_tokens(solution) <= LONGEST_SOLUTION:
             return solution
 
 
 def count_tokens(solution: str) -> int:
-    """Tokens of a solution, the end token included: one per number, one per other character, one for the box."""
+    """Tokens of a solution, the end token included: one per number, operation, start of the box, other character."""
     return len(re.findall(TOKENS, solution)) + 1
 
 
-def in_range(solution: str) -> bool:
-    """Whether a solution has no number below 0 or above `LARGEST_NUMBER`, and at most `LONGEST_SOLUTION` tokens."""
-    largest = max(int(number) for number in re.findall(r"\d+", solution))
-    negative = re.search(r"(?<!\d)-", solution)
-    return largest <= LARGEST_NUMBER and not negative and count_tokens(solution) <= LONGEST_SOLUTION
-
-
-def _pass(problem: dict[str, Any], rng: random.Random, style: str, rate: float, checked: float) -> tuple[str, int]:
-    """One pass through the operations: its text, and the number it ends with."""
-    total, text = problem["start"], ""
-    for label, signed in zip(LABELS, problem["operations"], strict=False):
+def _pass(
+    problem: dict[str, Any], rng: random.Random, style: str, rate: float, checked: float
+) -> tuple[str, list[int]]:
+    """One pass through the operations: its text, and every number in it."""
+    total, text, numbers = problem["start"], "", []
+    for label, signed in problem["operations"]:
         result = _result(total + signed, rng, rate)
+        separator = rng.choices(list(SEPARATORS), SEPARATORS.values())[0]
         if style == "direct":
-            text += f"{label}{result}"
+            text += f"{label}{signed:+d}{separator}{result}"
         else:
-            step = f"{label}{total}{signed:+d}="
-            text += f"{step}{result}"
+            step, check = f"{label}{total}{signed:+d}=", ""
             if rng.random() < checked:
-                found = result != total + signed and rng.random() < FOUND
-                if found:
-                    text += f"({result}{-signed:+d}={result - signed})!"
-                    result = total + signed
-                    text += f"{step}{result}"
-                text += f"({result}{-signed:+d}={total})"
-        text += rng.choices(list(SEPARATORS), SEPARATORS.values())[0]
+                if result != total + signed and rng.random() < FOUND:
+                    check = f"({result}{-signed:+d}={result - signed})!{step}{total + signed}"
+                    numbers.append(result - signed)
+                check += f"({total + signed if check else result}{-signed:+d}={total})"
+            text += f"{step}{result}{check}{separator}"
+            if "!" in check:
+                numbers.append(result)
+                result = total + signed
+        numbers.append(result)
         total = result
-    return text, total
+    return text, numbers
 
 
 def _result(right: int, rng: random.Random, rate: float) -> int:

@@ -3,9 +3,10 @@ Make the policy of the long chains: a Llama of a million parameters, trained on 
 
     python benchmarks/make_long_chains_policy.py
 
-Every batch has new problems of the split `warm_start`. A run that was interrupted resumes from its last checkpoint in
-`--work_dir`; problems depend on the seed and the step alone. Writes the weights in float16 (2 MB), a configuration that
-loads them in float32, and the tokenizer to `benchmarks/long_chains_policy`.
+Every batch has new problems of the split `warm_start`. The first ones have few operations (`PHASES`): a small model
+learns to find the operation of a label much faster in a short sequence. A run that was interrupted resumes from its
+last checkpoint in `--work_dir`; problems depend on the seed and the step alone. Writes the weights in float16 (2 MB), a
+configuration that loads them in float32, and the tokenizer to `benchmarks/long_chains_policy`.
 """
 
 import argparse
@@ -13,28 +14,51 @@ import random
 import re
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from long_chains import BOX, LABELS, LARGEST_NUMBER, TOKENS, make_problem, write_solution
+from long_chains import (
+    BOX,
+    FEWEST_OPERATIONS,
+    LABELS,
+    LARGEST_NUMBER,
+    LARGEST_OPERAND,
+    MOST_OPERATIONS,
+    TOKENS,
+    make_problem,
+    write_solution,
+)
 from opo_trl.scripts.arithmetic import split_of
 
 ROOT = Path(__file__).resolve().parents[1]
 POLICY = ROOT / "benchmarks" / "long_chains_policy"
 PAD, EOS = "<pad>", "<eos>"
-VOCABULARY = [PAD, EOS, BOX, *(str(number) for number in range(LARGEST_NUMBER + 1)), *f"}}+-=?,; ()!|{LABELS}"]
-BATCH_SIZE = 8
-POOL = 128  # batches that are drawn together and sorted by length, so that little of a batch is padding
+OPERATIONS = [f"{signed:+d}" for signed in range(-LARGEST_OPERAND, LARGEST_OPERAND + 1) if signed]
+VOCABULARY = [PAD, EOS, BOX, *map(str, range(LARGEST_NUMBER + 1)), *OPERATIONS, *f"}}=?,; ()!|{LABELS}"]
+POOL = 50  # batches that are drawn together and sorted by length, so that little of a batch is padding
 LEARNING_RATE = 2e-3
 WARM_UP, DECAY = 50, 0.25  # steps of linear warm-up; share of the steps in which the rate falls to 0
 SAVE_STEPS = 100
 
 
+class Phase(NamedTuple):
+    """A part of the training: the operations of its problems and the solutions in a batch."""
+
+    first_step: int
+    fewest: int
+    most: int
+    batch_size: int
+
+
+# The last one has the problems of the task.
+PHASES = (Phase(0, 1, 3, 16), Phase(600, 2, 8, 8), Phase(1_200, FEWEST_OPERATIONS, MOST_OPERATIONS, 8))
+
+
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per number, per other character, and for the start of a box."""
+    """One token per number, operation and other character, and one for the start of a box."""
     tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(VOCABULARY)}, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(TOKENS), "isolated")
     tokenizer.decoder = decoders.Fuse()
@@ -65,20 +89,22 @@ def make_model() -> LlamaForCausalLM:
     )
 
 
-def make_pool(seed: int, index: int) -> list[list[tuple[list[int], list[int]]]]:
-    """`POOL` batches of (prompt ids, solution ids), each of similar lengths, in random order."""
-    rng = random.Random(f"{seed}-{index}")
+def make_pool(seed: int, step: int) -> list[list[tuple[list[int], list[int]]]]:
+    """The next `POOL` batches of (prompt ids, solution ids), each of similar lengths, in random order."""
+    phase = max(phase for phase in PHASES if phase.first_step <= step)
+    rng = random.Random(f"{seed}-{step}")
     ids = {token: i for i, token in enumerate(VOCABULARY)}
     pairs = []
-    while len(pairs) < POOL * BATCH_SIZE:
-        problem = make_problem(rng)
+    while len(pairs) < POOL * phase.batch_size:
+        first_label = rng.randint(0, len(LABELS) - phase.most)
+        problem = make_problem(rng, phase.fewest, phase.most, first_label)
         if split_of(problem["problem"]) != "warm_start":
             continue
         texts = problem["problem"], write_solution(problem, rng)
         prompt, solution = ([ids[token] for token in re.findall(TOKENS, text)] for text in texts)
         pairs.append((prompt, [*solution, ids[EOS]]))
     pairs.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
-    batches = [pairs[start : start + BATCH_SIZE] for start in range(0, len(pairs), BATCH_SIZE)]
+    batches = [pairs[start : start + phase.batch_size] for start in range(0, len(pairs), phase.batch_size)]
     rng.shuffle(batches)
     return batches
 
@@ -112,7 +138,7 @@ def train(model: Any, steps: int, seed: int, work_dir: Path) -> None:
     losses, start, cpu = [], time.perf_counter(), time.process_time()
     while step < steps:
         if not pool or step % POOL == 0:
-            pool = make_pool(seed, step // POOL)
+            pool = make_pool(seed, step - step % POOL)
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * learning_rate_factor(step, steps)
         loss = model(**collate(pool[step % POOL])).loss

@@ -12,7 +12,9 @@ from gradient_variance import Completions, Prompt, measure, read_prompt, save_pr
 from length_statistics import by_length, describe_lengths, profile, within_groups
 from long_chains import (
     BOX,
+    FEWEST_OPERATIONS,
     LONGEST_SOLUTION,
+    MOST_OPERATIONS,
     STYLES,
     count_tokens,
     load_long_chains,
@@ -33,7 +35,8 @@ def test_answers_are_those_of_the_expressions():
     for problem in problems(300):
         expression = re.sub("[a-p]", "", problem["problem"].removesuffix("=?"))
         assert eval(expression) == int(problem["answer"])
-        assert 8 <= len(re.findall(r"[+-]", expression)) <= 16
+        assert len(problem["operations"]) == len(re.findall(r"[+-]", expression))
+        assert FEWEST_OPERATIONS <= len(problem["operations"]) <= MOST_OPERATIONS
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -42,12 +45,13 @@ def test_solutions_without_mistakes_are_right_in_every_step(style):
     for problem in problems(200):
         solution = write_solution(problem, rng, style, mistakes=False)
         assert solution.endswith(f"{BOX}{problem['answer']}}}")
-        for left, right in re.findall(r"(\d+[+-]\d+)=(\d+)", solution):
+        for left, right in re.findall(r"(\d+[+-]\d)=(\d+)", solution):
             assert eval(left) == int(right)
         first_pass = solution.split("|")[0].removesuffix(f"{BOX}{problem['answer']}}}")
-        totals = [int(result) for result in re.findall(r"[a-p](?:\d+[+-]\d+=)?(\d+)", first_pass)]
+        step = r"[a-p][+-]\d[,; ](\d+)" if style == "direct" else r"[a-p]\d+[+-]\d=(\d+)"
+        totals = [int(result) for result in re.findall(step, first_pass)]
         running = problem["start"]
-        for total, signed in zip(totals, problem["operations"], strict=True):
+        for total, (_, signed) in zip(totals, problem["operations"], strict=True):
             running += signed
             assert total == running
 
@@ -78,7 +82,7 @@ def test_lengths_are_in_range_and_vary_within_each_problem():
     rng = random.Random(4)
     for problem in problems(100):
         lengths = [count_tokens(write_solution(problem, rng)) for _ in range(100)]
-        assert min(lengths) >= 25
+        assert min(lengths) >= 30
         assert max(lengths) <= LONGEST_SOLUTION
         assert max(lengths) > 4 * min(lengths)
 
@@ -106,7 +110,7 @@ def test_batches_of_the_warm_start_have_labels_on_the_solutions_and_problems_of_
     tokenizer, batches = make_tokenizer(), make_pool(0, 0)
     assert len(batches) == POOL
     assert batches == make_pool(0, 0)
-    assert batches != make_pool(0, 1)
+    assert batches != make_pool(0, POOL)
     batch = collate(batches[0])
     for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
         assert (labels[labels != -100] == ids[labels != -100]).all()
