@@ -45,11 +45,17 @@ def describe_lengths(lengths: Sequence[torch.Tensor]) -> dict[str, Any]:
 
 
 def by_length(lengths: torch.Tensor, rewards: torch.Tensor, squared_norms: torch.Tensor) -> list[dict[str, Any]]:
-    """Pass@1 and mean squared norms of right and wrong completions, in ranges with equal shares of all completions."""
+    """
+    Pass@1 and mean squared norms of right and of wrong completions (`None` if there are none) in ranges of length.
+
+    The ranges have equal shares of all completions; fewer where many completions have the same length.
+    """
     bounds = lengths.quantile(torch.linspace(0, 1, LENGTH_RANGES + 1, dtype=lengths.dtype))
     places, right, rows = torch.bucketize(lengths, bounds[1:-1]), rewards == 1, []
     for place in range(LENGTH_RANGES):
         inside = places == place
+        if not inside.any():
+            continue
         rows.append(
             {
                 "shortest": lengths[inside].min().item(),
@@ -57,12 +63,16 @@ def by_length(lengths: torch.Tensor, rewards: torch.Tensor, squared_norms: torch
                 "completions": int(inside.sum()),
                 "pass@1": right[inside].double().mean().item(),
                 "squared_norm": {
-                    "right": squared_norms[inside & right].mean().item(),
-                    "wrong": squared_norms[inside & ~right].mean().item(),
+                    "right": _mean(squared_norms[inside & right]),
+                    "wrong": _mean(squared_norms[inside & ~right]),
                 },
             }
         )
     return rows
+
+
+def _mean(values: torch.Tensor) -> float | None:
+    return values.mean().item() if len(values) else None
 
 
 def profile(tokens: Sequence[torch.Tensor]) -> list[dict[str, float]]:

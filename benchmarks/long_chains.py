@@ -1,7 +1,7 @@
 r"""
 Long chains: generated problems whose solutions vary in length by a factor of four and more.
 
-A problem is a sum of 9 to 17 numbers in which every operation has a label, such as `17a+4b-2c+5=?`. A solution works
+A problem is a sum of 8 to 13 numbers in which every operation has a label, such as `17a+4b-2c+5=?`. A solution works
 through the labels in order, in one of three styles, and may do so twice:
 
 | style    | a step                                                             | tokens per step |
@@ -29,7 +29,7 @@ from datasets import Dataset
 from opo_trl.scripts.arithmetic import SPLIT_SHARES, split_of
 
 LABELS = "abcdefghijklmnop"
-FEWEST_OPERATIONS, MOST_OPERATIONS = 8, len(LABELS)
+FEWEST_OPERATIONS, MOST_OPERATIONS = 7, 12
 LARGEST_OPERAND = 5
 SMALLEST_TOTAL, LARGEST_TOTAL = 5, 24  # of the right chain
 LARGEST_NUMBER = 29  # of a chain with mistakes; its smallest is 0

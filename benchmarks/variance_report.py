@@ -92,7 +92,7 @@ def length_tables(policies: dict[str, Any]) -> dict[str, str]:
             f"{row['shortest']:.0f} to {row['longest']:.0f}",
             str(row["completions"]),
             f"{row['pass@1']:.2f}",
-            *(f"{row['squared_norm'][kind]:,.0f}" for kind in ("right", "wrong")),
+            *("" if norm is None else f"{norm:,.0f}" for norm in row["squared_norm"].values()),
         ]
         for policy, each in policies.items()
         for row in each["by_length"]
