@@ -15,6 +15,7 @@ from row_traffic import count as count_traffic
 from row_traffic import page_sentence as traffic_sentence
 from row_traffic import page_table as traffic_table
 from streaming_simulation import page_table as simulation_table
+from variance_report import length_tables
 from variance_report import page_tables as variance_tables
 
 README = (ROOT / "README.md").read_text()
@@ -294,6 +295,20 @@ def test_the_variance():
     uncertainty = measured["trained"]["group_sizes"]["8"]["uncertainty"]["over_group_mean"]["value"]
     assert f"{ratios['8']:.1f} times the plain mean's" in readme
     assert f"{uncertainty:.1f} times" in readme
+
+
+def test_the_long_chains():
+    measured = results("gradient_variance-long_chains")
+    text = page("long_chains")
+    of_variance = variance_tables(measured["policies"])
+    for name, table in (
+        length_tables(measured["policies"]) | {k: of_variance[k] for k in ("OPO", "baselines")}
+    ).items():
+        assert table in text, name
+    settings, fresh = measured["settings"], measured["policies"]["fresh"]
+    assert f"{settings['prompts']} held-out problems and {settings['samples']} completions of each" in text
+    assert f"pass@1 is {fresh['pass@1']:.2f}" in text
+    assert f"{fresh['cpu_seconds']:.0f} seconds of CPU time" in text
 
 
 def test_opo_against_grpo():
