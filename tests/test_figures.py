@@ -308,7 +308,13 @@ def test_the_long_chains():
     settings, fresh = measured["settings"], measured["policies"]["fresh"]
     assert f"{settings['prompts']} held-out problems and {settings['samples']} completions of each" in text
     assert f"pass@1 is {fresh['pass@1']:.2f}" in text
-    assert f"{fresh['cpu_seconds']:.0f} seconds of CPU time" in text
+    ratios = {
+        name: found["over_group_mean_at_equal_scale"]["value"] for name, found in fresh["group_sizes"]["8"].items()
+    }
+    words = " ".join(text.split())
+    assert f"to the power {fresh['within_groups']['lengths']['log_log_slope']['value']:.2f}" in words
+    assert f"OPO's variance is {ratios['OPO']:.2f} times the plain mean's at equal scale (K = 8)" in words
+    assert f"uncertainty of the tokens is at {ratios['uncertainty']:.2f}" in words
 
 
 def test_opo_against_grpo():
