@@ -16,6 +16,14 @@ def test_a_wave_ends_where_a_micro_batch_does():
     assert schedule.wave_size(taken=6, complete=2, generating=0) == 2
 
 
+def test_a_wave_waits_for_an_eighth_of_the_groups_while_any_is_generated():
+    schedule = WaveSchedule(prompts=64, micro_batches=32)
+    assert schedule.wave_size(taken=0, complete=7, generating=57) == 0
+    assert schedule.wave_size(taken=0, complete=9, generating=55) == 8
+    assert schedule.wave_size(taken=56, complete=5, generating=3) == 0
+    assert schedule.wave_size(taken=56, complete=8, generating=0) == 8
+
+
 def test_more_micro_batches_than_groups_take_each_group_as_it_comes():
     schedule = WaveSchedule(prompts=3, micro_batches=12)
     assert schedule.wave_size(taken=0, complete=1, generating=2) == 1

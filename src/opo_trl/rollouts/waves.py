@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+WAVES = 8  # of a step, at most: rows are sorted by length within a wave, so many small ones are padded more
+
 
 @dataclass(frozen=True)
 class WaveSchedule:
@@ -9,7 +11,7 @@ class WaveSchedule:
     Cuts a step's groups into waves, in the order in which they are complete, and its micro-batches into their shares.
 
     A wave ends where a micro-batch's worth of groups does, so that no micro-batch of a wave has more rows than one of a
-    step that is not streamed.
+    step that is not streamed. It waits for an eighth of the step's groups, as long as any are generated.
 
     Args:
         prompts (`int`):
@@ -37,7 +39,8 @@ class WaveSchedule:
                 Groups that are not complete.
 
         Returns:
-            `int`: As many as end with a micro-batch, or all if none is generating; 0 if these are not complete yet.
+            `int`: As many as end with a micro-batch, or all if none is generating; 0 if these are not complete yet, or
+            fewer than `WAVES` of such waves make a step.
         """
         if not generating:
             return complete
@@ -46,7 +49,7 @@ class WaveSchedule:
             groups = -(-self.prompts * micro_batch // self.micro_batches)
             end = -(-groups // self.multiple) * self.multiple
             if end <= available:
-                return max(0, end - taken)
+                return end - taken if (end - taken) * WAVES >= self.prompts else 0
         return 0
 
     def share(self, groups: int, used: int, rows: int, last: bool) -> int:
