@@ -129,7 +129,7 @@ def test_group_statistics_are_those_of_pandas(seed):
     groups = group_rows(rows, ["scored"])
     frame = pd.DataFrame(rows).groupby("opo/group")["scored"]
     assert [len(group.completions) for group in groups] == [4] * 12
-    assert [group.all_wrong() for group in groups] == list(frame.max() <= 0)  # False for NaN: all are unscorable
+    assert [group.none_positive() for group in groups] == list(frame.max() <= 0)  # False for NaN: all are unscorable
     assert [group.all_equal() for group in groups] == list(frame.max() == frame.min())
     unscorable = [[each.unscorable for each in group.completions] for group in groups]
     assert unscorable == [list(values.isna()) for _, values in frame]

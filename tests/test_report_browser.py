@@ -85,7 +85,7 @@ def test_curves_filters_and_search(tmp_path, driver):
     groups = frame.groupby([frame["step"], frame["opo/group"]])["opo/reward"]
     highest, lowest = groups.transform("max"), groups.transform("min")
     expected = {
-        "all_wrong": highest <= 0,
+        "none_positive": highest <= 0,
         "all_equal": highest == lowest,
         "truncated": frame["opo/truncated"],
         "unscorable": frame["opo/reward"].isna(),
@@ -97,14 +97,14 @@ def test_curves_filters_and_search(tmp_path, driver):
         assert rows_shown(driver) == set(frame.index[rows]), name
         click(driver, name)
     click(driver, "truncated")
-    click(driver, "all_wrong")
-    assert rows_shown(driver) == set(frame.index[expected["truncated"] & expected["all_wrong"]]), "both at once"
+    click(driver, "none_positive")
+    assert rows_shown(driver) == set(frame.index[expected["truncated"] & expected["none_positive"]]), "both at once"
     choose(driver, "split", "train")
     assert rows_shown(driver) == set(
-        frame.index[expected["truncated"] & expected["all_wrong"] & (frame["opo/split"] == "train")]
+        frame.index[expected["truncated"] & expected["none_positive"] & (frame["opo/split"] == "train")]
     )
     click(driver, "truncated")
-    click(driver, "all_wrong")
+    click(driver, "none_positive")
     choose(driver, "split", "")
     choose(driver, "step", "3")
     assert rows_shown(driver) == set(frame.index[frame["step"] == 3])
