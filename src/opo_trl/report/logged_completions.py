@@ -36,7 +36,7 @@ class LoggedCompletions(GRPOTrainer):
             RunSettings(
                 model=self.model.config._name_or_path,
                 dataset=getattr(getattr(dataset, "info", None), "dataset_name", None),
-                prompts=len(dataset) if hasattr(dataset, "__len__") else None,
+                prompts=getattr(dataset, "num_rows", None),
                 reward_functions=self.reward_func_names,
             )
         )

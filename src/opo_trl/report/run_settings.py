@@ -1,7 +1,7 @@
 """Leaves the settings of a run where its report finds them, readable without unpickling `training_args.bin`."""
 
 import json
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,17 @@ class RunSettings(TrainerCallback):
         if not state.is_world_process_zero:
             return
         settings = {name: value for name, value in args.to_dict().items() if not name.endswith("_token")}
-        content = {**self.run, "versions": {name: version(name) for name in PACKAGES}, "args": settings}
+        content = {**self.run, "versions": _versions(), "args": settings}
         path = Path(args.output_dir, SETTINGS)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content, indent=2, default=str) + "\n")
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # imported from a checkout
+            continue
+    return found
