@@ -200,7 +200,7 @@ def test_every_metric_is_in_exactly_one_chart_and_has_all_its_points():
         },
         {"step": 2, "reward": None, "grad_norm": float("nan"), "time/generate": 1.5, "own/metric": 3},
         {"step": 2, "eval_reward": 0.4, "eval_own": 1.0, "epoch": 0.1},
-        {"step": 3, "reward": 0.3, "time/generate": 1.0, "time/update": 2.0},
+        {"step": 3, "reward": 0.3, "time/generate": 1.0, "time/update": 2.0, "tokens_per_second/trained": 6},
         {"step": 3, "train_runtime": 8.0, "total_flos": 0.0},
     ]
     metrics = metric_series(log)
@@ -213,7 +213,7 @@ def test_every_metric_is_in_exactly_one_chart_and_has_all_its_points():
     placed = [line.metric for section in sections for chart in section.charts for line in chart.lines]
     constant = [name for section in sections for name in section.constant]
     assert sorted(placed + constant) == sorted(metrics)
-    assert constant == ["tokens_per_second/trained", "loss", "own/metric", "eval_own"]
+    assert constant == ["loss", "own/metric", "eval_own"]
     assert [line.metric for line in sections[0].charts[0].lines] == ["reward", "eval_reward"]
     assert [chart.stacked for chart in sections[1].charts] == [True, False]
 
@@ -327,7 +327,7 @@ def test_what_half_of_the_completions_have_explains_nothing():
 
 
 def test_each_rule_is_found_or_not_or_could_not_be_evaluated():
-    log = log_of(completions__clipped_ratio=[1.0] * 8, grad_norm=[1.0] * 8, entropy=[1.0] * 7)
+    log = log_of(completions__clipped_ratio=[1.0] * 8, grad_norm=[1.0] * 8, entropy=[1.0] * 7 + [None])
     results = [result for _, result in evaluate(Evidence(metric_series(log), []))]
     assert results[0] == "found"
     assert results[1] == "not evaluated: the run has no verdicts of math_verify_reward in its completions"
