@@ -4,9 +4,11 @@ import builtins
 import itertools
 import json
 import random
+import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -14,9 +16,10 @@ from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
 from opo_trl.report import write_report
-from opo_trl.report.charts import arrange
-from opo_trl.report.findings import RULES, Evidence, find
+from opo_trl.report.charts import absent, arrange
+from opo_trl.report.findings import RULES, Evidence, evaluate, find
 from opo_trl.report.groups import group_rows
+from opo_trl.report.meanings import MEANINGS, meanings
 from opo_trl.report.metrics import Series, metric_series
 from opo_trl.report.page import describe
 from opo_trl.report.run_files import choose_steps, read_run
@@ -129,7 +132,7 @@ def test_group_statistics_are_those_of_pandas(seed):
     groups = group_rows(rows, ["scored"])
     frame = pd.DataFrame(rows).groupby("opo/group")["scored"]
     assert [len(group.completions) for group in groups] == [4] * 12
-    assert [group.all_wrong() for group in groups] == list(frame.max() <= 0)  # False for NaN: all are unscorable
+    assert [group.none_positive() for group in groups] == list(frame.max() <= 0)  # False for NaN: all are unscorable
     assert [group.all_equal() for group in groups] == list(frame.max() == frame.min())
     unscorable = [[each.unscorable for each in group.completions] for group in groups]
     assert unscorable == [list(values.isna()) for _, values in frame]
@@ -197,7 +200,7 @@ def test_every_metric_is_in_exactly_one_chart_and_has_all_its_points():
         },
         {"step": 2, "reward": None, "grad_norm": float("nan"), "time/generate": 1.5, "own/metric": 3},
         {"step": 2, "eval_reward": 0.4, "eval_own": 1.0, "epoch": 0.1},
-        {"step": 3, "reward": 0.3, "time/generate": 1.0, "time/update": 2.0},
+        {"step": 3, "reward": 0.3, "time/generate": 1.0, "time/update": 2.0, "tokens_per_second/trained": 6},
         {"step": 3, "train_runtime": 8.0, "total_flos": 0.0},
     ]
     metrics = metric_series(log)
@@ -208,9 +211,35 @@ def test_every_metric_is_in_exactly_one_chart_and_has_all_its_points():
     sections = arrange(metrics)
     assert [section.title for section in sections] == ["Metrics", "Time per phase", "All other metrics"]
     placed = [line.metric for section in sections for chart in section.charts for line in chart.lines]
-    assert sorted(placed) == sorted(metrics)
+    constant = [name for section in sections for name in section.constant]
+    assert sorted(placed + constant) == sorted(metrics)
+    assert constant == ["loss", "own/metric", "eval_own"]
     assert [line.metric for line in sections[0].charts[0].lines] == ["reward", "eval_reward"]
     assert [chart.stacked for chart in sections[1].charts] == [True, False]
+
+
+def test_what_never_changes_is_not_drawn():
+    log = log_of(
+        learning_rate=[1e-6] * 4, reward=[0.0, 0.5, 0.5, 0.5], completions__clipped_ratio=[0.0, 0.5, 1.0, 1.0],
+        time__sync_weights=[0.0] * 4, time__score=[1.0] * 4, time__update=[1.0, 2.0, 1.0, 1.0],
+    )  # fmt: skip
+    first, times = arrange(metric_series(log))
+    assert [chart.title for chart in first.charts] == ["reward", "completions/clipped_ratio"]
+    assert [chart.fraction for chart in first.charts] == [False, True]
+    assert first.constant == ["learning_rate"]
+    assert [line.label for line in times.charts[0].lines] == ["score", "update"], "a phase that takes time is drawn"
+    assert times.constant == ["time/sync_weights"]
+    assert absent(metric_series(log)) == ["completions/mean_length", "entropy", "grad_norm", "frac_reward_zero_std"]
+
+
+def test_meanings_are_those_of_the_documentation():
+    page = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text()
+    documented = dict(re.findall(r"^\| `([^`]+)` \| ([^|]*?) \|", page, re.MULTILINE))
+    plain = {name: re.sub(r"\[([^]]+)\]\([^)]*\)", r"\1", text).replace("`", "") for name, text in documented.items()}
+    assert {name: plain.get(name) for name in MEANINGS} == MEANINGS
+    assert meanings(["eval_reward", "rewards/own/mean", "unknown"]) == {
+        "eval_reward": MEANINGS["reward"], "rewards/own/mean": MEANINGS["rewards/NAME/mean"],
+    }  # fmt: skip
 
 
 # ---- Findings
@@ -265,12 +294,45 @@ def test_rules_on_completions():
 @pytest.mark.parametrize("kind", [*TITLES, "healthy"])
 def test_a_spoilt_run_is_seen_at_first_sight(tmp_path, kind):
     run = read_run(spoilt_run(kind, tmp_path))
-    found = [finding["title"] for finding in describe(run)["findings"]]
-    if kind == "healthy":
-        assert found == []
-    else:
-        assert found[0] == TITLES[kind]
-    assert len(describe(run)["rules"]) == len(RULES)
+    content = describe(run)
+    found = [finding["title"] for finding in content["findings"]]
+    assert found == ([] if kind == "healthy" else [TITLES[kind]]), "one cause, one finding"
+    results = [result for _, result in content["rules"]]
+    assert len(results) == len(RULES)
+    consequences = [each for finding in content["findings"] for each in finding["consequences"]]
+    assert results.count("found") == len(found) + len(consequences)
+    assert len(consequences) == {"truncated": 4, "no boxes": 3, "always 1": 1, "healthy": 0}[kind]
+    assert all(each["advice"] == "" for each in consequences)
+    assert [group["solution"] for group in content["groups"]] == ["12"] * len(content["groups"])
+    facts = dict(content["facts"])
+    assert (facts["num_generations"], facts["learning_rate"], facts["loss_type"]) == ("4", "0.001", "dapo")
+    assert "opo-trl" in facts["versions"]
+    assert not [name for name in content["settings"] if name.endswith("_token")]
+    if kind == "always 1":
+        assert "`always_one`" in content["findings"][0]["text"]
+        assert [what for what, _ in content["findings"][0]["examples"]] == [
+            "prompt",
+            "solution",
+            "reward 1",
+            "reward 1",
+        ]
+
+
+def test_what_half_of_the_completions_have_explains_nothing():
+    found = find(Evidence(metric_series(log_of(completions__clipped_ratio=[0.6], opo__informative_fraction=[0.0])), []))
+    assert [finding.title for finding in found] == ["60 % of the completions are truncated", "No learning signal"]
+    found = find(Evidence(metric_series(log_of(completions__clipped_ratio=[0.9], opo__informative_fraction=[0.0])), []))
+    assert [finding.title for finding in found] == ["90 % of the completions are truncated"]
+    assert [finding.title for finding in found[0].consequences] == ["No learning signal"]
+
+
+def test_each_rule_is_found_or_not_or_could_not_be_evaluated():
+    log = log_of(completions__clipped_ratio=[1.0] * 8, grad_norm=[1.0] * 8, entropy=[1.0] * 7 + [None])
+    results = [result for _, result in evaluate(Evidence(metric_series(log), []))]
+    assert results[0] == "found"
+    assert results[1] == "not evaluated: the run has no verdicts of math_verify_reward in its completions"
+    assert results[-2] == "not evaluated: the run has no entropy, logged eight times"
+    assert results[-1] == "not found"
 
 
 # ---- The file
@@ -314,6 +376,7 @@ def test_the_report_of_a_plain_grpo_trainer(tmp_path):
     assert content["functions"] == content["judges"] == ["short", "varied"]
     assert content["has"] == {
         "reward": False, "advantage": True, "length": False, "baseline": False, "truncated": False, "logps": False,
+        "verdict": False, "solution": False,
     }  # fmt: skip
     assert [len(group["rows"]) for group in content["groups"]] == [2] * 4
     assert content["groups"][0]["prompt"][0][0] == "user"

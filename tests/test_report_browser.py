@@ -60,7 +60,13 @@ def test_curves_filters_and_search(tmp_path, driver):
     tables[3][7] |= {"completion": HOSTILE, "prompt": tables[3][7]["prompt"]}
     values = [0.5, None, 0.25, 1.0]
     log = log_of(
-        reward=values, opo__baseline=[0.0] * 4, time__generate=[1.0] * 4, time__update=[2.0] * 4, own=[1.0] * 4
+        reward=values,
+        opo__baseline=values,
+        time__generate=[1.0] * 4,
+        time__update=[2.0] * 4,
+        own=[1.0, 2.0] * 2,
+        learning_rate=[1e-3] * 4,
+        completions__clipped_ratio=[0.5, 1.0] * 2,
     )
     log.append({"step": 4, "eval_reward": 0.75})
     open_report(driver, write_report(make_run(tmp_path, tables, log)))
@@ -74,6 +80,10 @@ def test_curves_filters_and_search(tmp_path, driver):
     assert points["reward"] == ([1, 3, 4], [0.5, 0.25, 1.0], "scatter")
     assert points["eval_reward"] == ([4], [0.75], "scatter")
     assert points["time/update"] == ([1, 2, 3, 4], [2.0] * 4, "bar")
+    constant = "return document.querySelector('.constant').textContent"
+    assert driver.execute_script(constant) == "Constant: learning_rate 0.001"
+    ranges = "return [...document.querySelectorAll('.js-plotly-plot')].map((plot) => plot._fullLayout.yaxis.range[1])"
+    assert driver.execute_script(ranges)[1] < 1.05, "a fraction"
     assert "own" not in points, "other metrics are drawn when they are asked for"
     driver.execute_script("document.querySelector('#charts > details').open = true")
     time.sleep(1)
@@ -85,7 +95,7 @@ def test_curves_filters_and_search(tmp_path, driver):
     groups = frame.groupby([frame["step"], frame["opo/group"]])["opo/reward"]
     highest, lowest = groups.transform("max"), groups.transform("min")
     expected = {
-        "all_wrong": highest <= 0,
+        "none_positive": highest <= 0,
         "all_equal": highest == lowest,
         "truncated": frame["opo/truncated"],
         "unscorable": frame["opo/reward"].isna(),
@@ -97,22 +107,33 @@ def test_curves_filters_and_search(tmp_path, driver):
         assert rows_shown(driver) == set(frame.index[rows]), name
         click(driver, name)
     click(driver, "truncated")
-    click(driver, "all_wrong")
-    assert rows_shown(driver) == set(frame.index[expected["truncated"] & expected["all_wrong"]]), "both at once"
+    click(driver, "none_positive")
+    assert rows_shown(driver) == set(frame.index[expected["truncated"] & expected["none_positive"]]), "both at once"
     choose(driver, "split", "train")
     assert rows_shown(driver) == set(
-        frame.index[expected["truncated"] & expected["all_wrong"] & (frame["opo/split"] == "train")]
+        frame.index[expected["truncated"] & expected["none_positive"] & (frame["opo/split"] == "train")]
     )
     click(driver, "truncated")
-    click(driver, "all_wrong")
+    click(driver, "none_positive")
     choose(driver, "split", "")
     choose(driver, "step", "3")
     assert rows_shown(driver) == set(frame.index[frame["step"] == 3])
+    marks = "return [...document.querySelectorAll('.js-plotly-plot')].map((plot) => plot.layout.shapes[0].x0)"
+    assert set(driver.execute_script(marks)) == {3}, "the chosen step is marked on every curve"
     choose(driver, "query", "SCRIPT>document")
     assert rows_shown(driver) == {87}
     text = driver.execute_script("return document.querySelector('td.wide .text').textContent")
     assert text == HOSTILE
     assert driver.title != "taken over"
+    labels = "return [...document.querySelectorAll('#filters button')].map((button) => button.textContent)"
+    assert all(label.endswith(("(0)", "(1)")) for label in driver.execute_script(labels)), "of what the search finds"
+    choose(driver, "query", "in no completion")
+    assert rows_shown(driver) == set()
+    assert not driver.execute_script("return document.getElementById('nothing-found').hidden")
+    driver.execute_script("document.querySelector('#nothing-found .reset').click()")
+    assert rows_shown(driver) == set(frame.index)
+    click(driver, "truncated")
+    assert driver.execute_script("return document.activeElement.dataset.filter") == "truncated"
     assert errors(driver) == []
 
 
@@ -142,6 +163,8 @@ def test_token_log_probabilities_and_the_dark_theme(tmp_path):
         assert driver.execute_script(background) == "rgb(20, 23, 28)"
         driver.execute_script("document.getElementById('theme').click()")
         assert driver.execute_script(background) == "rgb(246, 247, 249)"
+        open_report(driver, path)
+        assert driver.execute_script(background) == "rgb(246, 247, 249)", "the chosen theme stays"
         assert errors(driver) == []
 
 
@@ -152,8 +175,13 @@ def test_the_first_finding_shows_its_completions(tmp_path, driver, kind):
     title, position = driver.execute_script(top)
     assert title == TITLES[kind]
     assert position < 300, "without scrolling"
-    driver.execute_script("document.querySelector('.finding button')?.click()")
+    driver.execute_script("document.querySelector('.finding button').click()")
     assert rows_shown(driver) == set(range(16))
+    assert driver.execute_script("return document.querySelectorAll('.finding').length") == 1
+    assert driver.execute_script("return document.querySelector('.solution').textContent") == "solution 12"
+    if kind == "no boxes":
+        choose(driver, "query", "no answer")
+        assert rows_shown(driver) == set(range(16)), "the verdict is searched as well"
     assert errors(driver) == []
 
 

@@ -18,6 +18,7 @@ FIRST = {
     "opo/baseline_minus_mean": "",
     "learning_rate": "",
 }
+FRACTIONS = ("fraction", "_ratio", "_share", "_frequency", "frac_reward_zero_std")  # how names of fractions end
 PHASES = "time/"
 RATES = "tokens_per_second/"
 HELD_OUT = "eval_"
@@ -32,24 +33,26 @@ class Line(NamedTuple):
 
 
 class Chart(NamedTuple):
-    """One chart. The values of a stacked one add up."""
+    """One chart. The values of a stacked one add up; those of a fraction are between 0 and 1."""
 
     title: str
     unit: str
     lines: list[Line]
     stacked: bool = False
+    fraction: bool = False
 
 
 class Section(NamedTuple):
-    """Charts under a heading."""
+    """Charts under a heading, and the metrics that are not drawn because they have one value throughout."""
 
     title: str
     charts: list[Chart]
+    constant: list[str]
 
 
 def arrange(metrics: Mapping[str, Series]) -> list[Section]:
     """
-    Arrange metrics in charts: every metric is in one, a held-out one with the same of training.
+    Arrange metrics in charts, a held-out one with the same of training. One that never changes is in no chart.
 
     Args:
         metrics (`Mapping[str, Series]`):
@@ -69,11 +72,36 @@ def arrange(metrics: Mapping[str, Series]) -> list[Section]:
     placed = {line.metric for name in first for line in _pair(name, metrics).lines} | {*times, *rates}
     others = dict.fromkeys(name.removeprefix(HELD_OUT) for name in metrics if name not in placed)
     sections = [
-        Section("Metrics", [_pair(name, metrics) for name in first]),
-        Section("Time per phase", [chart for chart in phases if chart.lines]),
-        Section("All other metrics", [_pair(name, metrics) for name in others]),
+        _section("Metrics", [_pair(name, metrics) for name in first], metrics),
+        _section("Time per phase", phases, metrics),
+        _section("All other metrics", [_pair(name, metrics) for name in others], metrics),
     ]
-    return [section for section in sections if section.charts]
+    return [section for section in sections if section.charts or section.constant]
+
+
+def absent(metrics: Mapping[str, Series]) -> list[str]:
+    """Metrics of every trainer that are looked at first and that this run has no value of."""
+    own = [name for name in FIRST if not name.startswith("opo/")]
+    return [name for name in own if metrics and name not in metrics]
+
+
+def _section(title: str, charts: Sequence[Chart], metrics: Mapping[str, Series]) -> Section:
+    """Take what never changes out of the charts: a chart of constants, and a phase that takes no time."""
+
+    def is_constant(line: Line) -> bool:
+        return len(set(metrics[line.metric].values)) == 1
+
+    drawn, constant = [], []
+    for chart in charts:
+        dropped = [
+            line for line in chart.lines if is_constant(line) and not (chart.stacked and metrics[line.metric].values[0])
+        ]
+        kept = [line for line in chart.lines if line not in dropped]
+        lines = kept if chart.stacked or not kept else chart.lines
+        constant += [line.metric for line in chart.lines if line not in lines or not kept]
+        if kept:
+            drawn.append(chart._replace(lines=lines))
+    return Section(title, drawn, constant)
 
 
 def _pair(name: str, metrics: Mapping[str, Series]) -> Chart:
@@ -81,7 +109,9 @@ def _pair(name: str, metrics: Mapping[str, Series]) -> Chart:
     if HELD_OUT + name in metrics:
         lines.append(Line(HELD_OUT + name, "held-out", "held-out"))
     title = name if name in metrics else HELD_OUT + name
-    return Chart(title, FIRST.get(name, ""), lines)
+    values = [value for line in lines for value in metrics[line.metric].values]
+    fraction = name.endswith(FRACTIONS) and min(values) >= 0 and max(values) <= 1
+    return Chart(title, FIRST.get(name, ""), lines, fraction=fraction)
 
 
 def _chart(title: str, unit: str, names: Sequence[str], prefix: str, stacked: bool = False) -> Chart:

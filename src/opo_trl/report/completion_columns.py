@@ -7,8 +7,9 @@ import torch
 from ..algorithm.baselines import takes_part
 from ..algorithm.rollout import Rollout
 
-# Added by the trainer, too: only it knows the tokens.
+# Added by the trainer, too: only it knows the tokens, and the rows of the dataset.
 TRUNCATED = "opo/truncated"
+SOLUTION = "opo/solution"  # the dataset's column `solution`
 
 
 def completion_columns(rollout: Rollout, split: str) -> dict[str, list[Any]]:

@@ -1,13 +1,21 @@
 """What stands out in a run, by stated rules. Every number in a finding can be looked up in the report."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from .groups import Completion, Group
+from .groups import NO_ANSWER, Completion, Group, Messages
 from .metrics import Series, first_quarter, last_quarter
+
+# From this share on, a finding explains what can follow from it.
+EXPLAINS = 0.9
+# What a rule needs, other than a metric.
+VERDICTS = "verdicts of math_verify_reward in its completions"
+REWARDS = "rewards in its completions"
+EIGHT_TIMES = ", logged eight times"
 
 
 class Finding(NamedTuple):
@@ -18,21 +26,47 @@ class Finding(NamedTuple):
         title (`str`):
             What it is.
         text (`str`):
-            The numbers, and what to do.
+            The numbers.
+        advice (`str`, *optional*):
+            What to do. A finding that follows from another one has none.
         filter (`str`, *optional*):
             Filter that shows the completions in question.
+        explains (`bool`, *optional*, defaults to `True`):
+            Whether it is frequent enough to explain the findings that can follow from it.
+        examples (`list[tuple[str, str]]`, *optional*):
+            Two completions of a group, with what each text is.
+        consequences (`list[Finding]`, *optional*):
+            Findings that probably follow from this one.
     """
 
     title: str
     text: str
+    advice: str = ""
     filter: str | None = None
+    explains: bool = True
+    examples: "Sequence[tuple[str, str]]" = ()
+    consequences: "Sequence[Finding]" = ()
 
 
 class Rule(NamedTuple):
-    """When something stands out, in words, and the function that decides it."""
+    """
+    When something stands out.
+
+    Attributes:
+        text (`str`):
+            The condition, in words.
+        find (`Callable`):
+            Decides it.
+        needs (`str`):
+            The metric, or what else the run has to have for the rule to be evaluated.
+        causes (`tuple[Callable, ...]`, *optional*):
+            `find` of the rules whose finding explains this one.
+    """
 
     text: str
     find: "Callable[[Evidence], Finding | None]"
+    needs: str
+    causes: "tuple[Callable[[Evidence], Finding | None], ...]" = ()
 
 
 @dataclass(frozen=True)
@@ -59,6 +93,24 @@ class Evidence:
     def completions(self) -> list[Completion]:
         return list(chain.from_iterable(group.completions for group in self.trained))
 
+    @property
+    def verdicts(self) -> list[str]:
+        """What `math_verify_reward` has logged for each completion."""
+        found = (completion.verdict for completion in self.completions)
+        return [verdict for verdict in found if verdict is not None]
+
+    def has(self, needs: str) -> bool:
+        """Whether the run has what a rule needs: see `Rule.needs`."""
+        return any(self._has(each) for each in needs.split(" or "))
+
+    def _has(self, need: str) -> bool:
+        if need == VERDICTS:
+            return bool(self.verdicts)
+        if need == REWARDS:
+            return any(group.scores() for group in self.trained)
+        name = need.removesuffix(EIGHT_TIMES)
+        return name in self.metrics and len(self.metrics[name].values) >= (8 if need.endswith(EIGHT_TIMES) else 1)
+
     def recent(self, name: str) -> float | None:
         """Mean over the last quarter of the logged steps; None for a metric that the run does not have."""
         return last_quarter(self.metrics[name].values) if name in self.metrics else None
@@ -70,9 +122,39 @@ class Evidence:
 
 
 def find(evidence: Evidence) -> list[Finding]:
-    """Apply every rule, in the order of `RULES`."""
-    found = [rule.find(evidence) for rule in RULES]
-    return [finding for finding in found if finding is not None]
+    """
+    Apply every rule, in the order of `RULES`.
+
+    Args:
+        evidence ([`Evidence`]):
+            What the run has logged.
+
+    Returns:
+        `list[Finding]`: Those that follow from another one are in its `consequences`.
+    """
+    found = {rule.find: finding for rule in RULES if (finding := rule.find(evidence)) is not None}
+    caused: dict[Any, list[Finding]] = {}
+    for rule in RULES:
+        if rule.find in found:
+            cause = next((cause for cause in rule.causes if cause in found and found[cause].explains), rule.find)
+            caused.setdefault(cause, []).append(found[rule.find])
+    return [
+        found[cause]._replace(
+            consequences=[each._replace(advice="", examples=()) for each in same if each is not found[cause]]
+        )
+        for cause, same in caused.items()
+    ]
+
+
+def evaluate(evidence: Evidence) -> list[tuple[str, str]]:
+    """Tell for each rule whether it has found something: its text, and the result."""
+
+    def result(rule: Rule) -> str:
+        if rule.find(evidence) is not None:
+            return "found"
+        return "not found" if evidence.has(rule.needs) else f"not evaluated: the run has no {rule.needs}"
+
+    return [(rule.text, result(rule)) for rule in RULES]
 
 
 def _truncated(evidence: Evidence) -> Finding | None:
@@ -82,9 +164,11 @@ def _truncated(evidence: Evidence) -> Finding | None:
     return Finding(
         "All completions are truncated" if share == 1 else f"{_percent(share)} of the completions are truncated",
         f"In the last quarter of the logged steps {_percent(share)} of the completions reach `max_completion_length` "
-        "without an end-of-sequence token, so most never state an answer. Raise `max_completion_length`, or check that "
-        "the model's end-of-sequence token is the one that the tokenizer names.",
+        "without an end-of-sequence token, so most never state an answer.",
+        "Raise `max_completion_length`, or check that the model's end-of-sequence token is the one that the tokenizer "
+        "names.",
         "truncated",
+        share >= EXPLAINS,
     )
 
 
@@ -93,42 +177,46 @@ def _constant_reward(evidence: Evidence) -> Finding | None:
     spread = evidence.metrics.get("reward_std", Series([], [])).values
     if not rewards or max(rewards) - min(rewards) > 1e-6 or not spread or max(spread) > 1e-6:
         return None
+    functions = [name.removeprefix("rewards/").removesuffix("/mean") for name in evidence.metrics if _is_reward(name)]
+    named = " and ".join(f"`{name}`" for name in functions) or "the reward function"
     return Finding(
         f"The reward is always {rewards[0]:g}",
-        f"Every completion of all {len(rewards)} logged steps has the reward {rewards[0]:g}, so every advantage is 0 "
-        "and the policy does not change. Call the reward function on a right and on a wrong completion by hand.",
+        f"Every completion of all {len(rewards)} logged steps has the reward {rewards[0]:g} from {named}, so every "
+        "advantage is 0 and the policy does not change.",
+        f"Call {named} on a right and on a wrong completion by hand.",
         "all_equal",
+        examples=_different_completions(evidence.trained),
     )
 
 
 def _no_answer(evidence: Evidence) -> Finding | None:
-    verdicts = [
-        value
-        for completion in evidence.completions
-        for name, value in completion.extra.items()
-        if name.endswith("verdict") and value is not None
-    ]
-    share = verdicts.count("no answer") / len(verdicts) if verdicts else 0
+    verdicts = evidence.verdicts
+    share = verdicts.count(NO_ANSWER) / len(verdicts) if verdicts else 0
     if share < 0.5:
         return None
     return Finding(
         "No completion has an answer" if share == 1 else f"{_percent(share)} of the completions have no answer",
         f"`math_verify_reward` finds no answer, such as `\\boxed{{42}}`, in {_percent(share)} of the {len(verdicts)} "
-        "training completions in this report. Ask for a box in the prompt (`--instruction`), add "
-        "`boxed_format_reward`, or start from a model that answers in this format.",
+        "training completions in this report.",
+        "Ask for a box in the prompt (`--instruction`), add `boxed_format_reward`, or start from a model that answers "
+        "in this format.",
+        "no_answer",
+        share >= EXPLAINS,
     )
 
 
-def _all_wrong(evidence: Evidence) -> Finding | None:
+def _none_positive(evidence: Evidence) -> Finding | None:
     groups = [group for group in evidence.trained if group.scores()]
-    share = sum(group.all_wrong() for group in groups) / len(groups) if groups else 0
+    share = sum(group.none_positive() for group in groups) / len(groups) if groups else 0
     if share < 0.5:
         return None
     return Finding(
         f"No reward above 0 in {'any group' if share == 1 else f'{_percent(share)} of the groups'}",
-        f"In {sum(group.all_wrong() for group in groups)} of the {len(groups)} training groups in this report no "
-        "completion has a reward above 0. Train on easier problems, or check the reward function.",
-        "all_wrong",
+        f"In {sum(group.none_positive() for group in groups)} of the {len(groups)} training groups in this report no "
+        "completion has a reward above 0.",
+        "Check the reward function on a right completion. If it is right, train on easier problems.",
+        "none_positive",
+        share >= EXPLAINS,
     )
 
 
@@ -141,9 +229,9 @@ def _no_signal(evidence: Evidence) -> Finding | None:
         return None
     return Finding(
         "No learning signal" if informative == 0 else "Little learning signal",
-        f"In the last quarter of the logged steps {_percent(informative)} of the completions have an advantage other "
-        "than 0: the rewards within a group are equal. The problems are too easy or too hard for the policy, or the "
-        "reward does not tell completions apart.",
+        f"In the last quarter of the logged steps {_percent(1 - informative)} of the completions have the advantage 0, "
+        "because the rewards within their group are equal.",
+        "The problems are too easy or too hard for the policy, or the reward does not tell completions apart.",
         "all_equal",
     )
 
@@ -169,8 +257,8 @@ def _reward_falls(evidence: Evidence) -> Finding | None:
         return None
     return Finding(
         "The reward falls",
-        f"From {change[0]:.3g} in the first quarter of the logged steps to {change[1]:.3g} in the last. Lower the "
-        "learning rate, and compare with `entropy` and `grad_norm`.",
+        f"From {change[0]:.3g} in the first quarter of the logged steps to {change[1]:.3g} in the last.",
+        "Lower the learning rate, and compare with `entropy` and `grad_norm`.",
     )
 
 
@@ -180,8 +268,8 @@ def _length_changes(evidence: Evidence) -> Finding | None:
         return None
     return Finding(
         f"Completions get {'longer' if change[1] > change[0] else 'shorter'}",
-        f"From {change[0]:.1f} tokens in the first quarter of the logged steps to {change[1]:.1f} in the last. Read "
-        "completions of early and late steps below, and compare with the reward.",
+        f"From {change[0]:.1f} tokens in the first quarter of the logged steps to {change[1]:.1f} in the last.",
+        "Read completions of early and late steps below, and compare with the reward.",
     )
 
 
@@ -192,7 +280,8 @@ def _entropy_collapses(evidence: Evidence) -> Finding | None:
     return Finding(
         "The entropy collapses",
         f"From {change[0]:.3g} nats per token in the first quarter of the logged steps to {change[1]:.3g} in the last: "
-        "the completions of a group become copies of each other. Lower the learning rate, or stop earlier.",
+        "the completions of a group become copies of each other.",
+        "Lower the learning rate, or stop earlier.",
     )
 
 
@@ -203,8 +292,8 @@ def _gradient_jumps(evidence: Evidence) -> Finding | None:
     worst = norms.index(max(norms))
     return Finding(
         "The gradient norm jumps",
-        f"{norms[worst]:.3g} at step {steps[worst]}, and {median(norms):.3g} in the median. Check `max_grad_norm` and "
-        "the learning rate.",
+        f"{norms[worst]:.3g} at step {steps[worst]}, and {median(norms):.3g} in the median.",
+        "Check `max_grad_norm` and the learning rate.",
     )
 
 
@@ -212,18 +301,85 @@ def _percent(share: float) -> str:
     return f"{100 * share:.0f} %" if share in (0, 1) or 0.005 <= share < 0.995 else f"{100 * share:.1f} %"
 
 
+def _is_reward(name: str) -> bool:
+    return name.startswith("rewards/") and name.endswith("/mean")
+
+
+def _different_completions(groups: Sequence[Group]) -> list[tuple[str, str]]:
+    """Two completions of a group with equal rewards: if possible, with another last number, which is the answer."""
+    candidates = [
+        (_last_number(one) != _last_number(two), group, one, two)
+        for group in groups
+        for one, two in pairwise(group.completions)
+        if one.messages != two.messages and one.reward is not None
+    ]
+    if not candidates:
+        return []
+    _, group, one, two = max(candidates, key=lambda candidate: candidate[0])
+    solution = [] if group.solution is None else [("solution", _end(group.solution))]
+    texts = [(f"reward {each.reward:g}", _end(_text_of(each.messages))) for each in (one, two)]
+    return [("prompt", _end(_text_of(group.prompt))), *solution, *texts]
+
+
+def _last_number(completion: Completion) -> str:
+    return (re.findall(r"\d+(?:\.\d+)?", _text_of(completion.messages)) or [""])[-1]
+
+
+def _text_of(messages: Messages) -> str:
+    return "\n".join(text for _, text in messages)
+
+
+def _end(text: str) -> str:
+    """The end of a text, where a question and an answer stand."""
+    return text if len(text) <= 300 else f"… {text[-300:]}"
+
+
 # Causes before what follows from them.
 RULES: Sequence[Rule] = (
-    Rule("half of the completions or more are truncated in the last quarter of the logged steps", _truncated),
-    Rule("math_verify_reward finds no answer in half of the training completions in this report or more", _no_answer),
-    Rule("the reward is the same number for all completions of all logged steps", _constant_reward),
-    Rule("no completion has a reward above 0 in half of the training groups in this report or more", _all_wrong),
-    Rule("at most 10 % of the completions have an advantage other than 0 in the last quarter", _no_signal),
-    Rule("10 % of the completions or more are unscorable", _unscorable),
     Rule(
-        "the reward of the last quarter is 10 % or more below that of the first (from 8 logged steps on)", _reward_falls
+        "half of the completions or more are truncated in the last quarter of the logged steps",
+        _truncated,
+        "completions/clipped_ratio",
     ),
-    Rule("the mean length doubles or halves between the first and the last quarter", _length_changes),
-    Rule("the entropy of the last quarter is at most a tenth of that of the first", _entropy_collapses),
-    Rule("the largest gradient norm is more than 10 times the median", _gradient_jumps),
+    Rule(
+        "math_verify_reward finds no answer in half of the training completions in this report or more",
+        _no_answer,
+        VERDICTS,
+        (_truncated,),
+    ),
+    Rule(
+        "the reward is the same number for all completions of all logged steps",
+        _constant_reward,
+        "reward_std",
+        (_truncated, _no_answer),
+    ),
+    Rule(
+        "no completion has a reward above 0 in half of the training groups in this report or more",
+        _none_positive,
+        REWARDS,
+        (_truncated, _no_answer, _constant_reward),
+    ),
+    Rule("10 % of the completions or more are unscorable", _unscorable, f"opo/unscorable_fraction or {REWARDS}"),
+    Rule(
+        "90 % of the completions or more have the advantage 0 in the last quarter of the logged steps",
+        _no_signal,
+        "opo/informative_fraction or frac_reward_zero_std",
+        (_truncated, _no_answer, _constant_reward, _none_positive, _unscorable),
+    ),
+    Rule(
+        "the reward of the last quarter is 10 % or more below that of the first (from 8 logged steps on)",
+        _reward_falls,
+        f"reward{EIGHT_TIMES}",
+    ),
+    Rule(
+        "the mean length doubles or halves between the first and the last quarter",
+        _length_changes,
+        f"completions/mean_length{EIGHT_TIMES}",
+    ),
+    Rule(
+        "the entropy of the last quarter is at most a tenth of that of the first",
+        _entropy_collapses,
+        f"entropy{EIGHT_TIMES}",
+    ),
+    Rule("the largest gradient norm is more than 10 times the median", _gradient_jumps, f"grad_norm{EIGHT_TIMES}"),
 )

@@ -9,6 +9,7 @@ from typing import Any
 
 Messages = list[tuple[str, str]]  # role and text; plain text has the role ""
 
+NO_ANSWER = "no answer"  # a verdict of `math_verify_reward`
 _OWN = "opo/"
 _NOT_REWARDS = {"step", "prompt", "completion", "advantage", "image", "images"}
 
@@ -50,6 +51,12 @@ class Completion:
         """Whether no reward function returned a number."""
         return all(value is None for value in self.rewards.values())
 
+    @property
+    def verdict(self) -> str | None:
+        """What `math_verify_reward` has logged about the answer."""
+        found = (value for name, value in self.extra.items() if name.endswith("verdict") and value is not None)
+        return next(found, None)
+
 
 @dataclass(frozen=True)
 class Group:
@@ -65,12 +72,15 @@ class Group:
             Role and text of each message.
         completions (`list[Completion]`):
             In the order of the table.
+        solution (`str`, *optional*):
+            The dataset's column `solution`.
     """
 
     step: int
     split: str | None
     prompt: Messages
     completions: list[Completion]
+    solution: str | None = None
 
     def scores(self, function: str | None = None) -> list[float]:
         """Rewards of the completions that have one: of a function, or as they are trained."""
@@ -80,7 +90,7 @@ class Group:
         ]
         return [value for value in values if value is not None]
 
-    def all_wrong(self, function: str | None = None) -> bool:
+    def none_positive(self, function: str | None = None) -> bool:
         """Whether no completion has a reward above 0, and one has a reward."""
         scores = self.scores(function)
         return bool(scores) and max(scores) <= 0
@@ -111,7 +121,13 @@ def group_rows(rows: Iterable[dict[str, Any]], reward_names: Sequence[str] = ())
     names = [name for name in reward_names if rows and name in rows[0]] or _numeric_columns(rows)
     key = lambda row: (row.get("opo/split"), row.get("opo/group"), row["prompt"])  # noqa: E731
     return [
-        Group(row["step"], row.get("opo/split"), _messages(row["prompt"]), [_completion(each, names) for each in same])
+        Group(
+            row["step"],
+            row.get("opo/split"),
+            _messages(row["prompt"]),
+            [_completion(each, names) for each in same],
+            row.get("opo/solution"),
+        )
         for same in (list(each) for _, each in groupby(rows, key))
         for row in same[:1]
     ]

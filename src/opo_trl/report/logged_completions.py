@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..algorithm.rollout import Rollout
-from .completion_columns import TRUNCATED, completion_columns
+from .completion_columns import SOLUTION, TRUNCATED, completion_columns
+from .run_settings import RunSettings
 from .token_logps import TokenLogps
 
 if TYPE_CHECKING:
@@ -24,16 +25,28 @@ class LoggedCompletions(GRPOTrainer):
 
     args: Any
     model: Any
+    train_dataset: Any
     _logs: dict[str, Any]
 
     def __init__(self, model: Any, reward_funcs: Any, args: Any, *rest: Any, **kwargs: Any) -> None:
         super().__init__(model, reward_funcs, args, *rest, **kwargs)
         self._token_logps = TokenLogps(self.accelerator, self._tokenizer) if args.log_token_logps else None
+        dataset = self.train_dataset
+        self.add_callback(
+            RunSettings(
+                model=self.model.config._name_or_path,
+                dataset=getattr(getattr(dataset, "info", None), "dataset_name", None),
+                prompts=getattr(dataset, "num_rows", None),
+                reward_functions=self.reward_func_names,
+            )
+        )
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         rewards_per_func: torch.Tensor = super()._calculate_rewards(*args, **kwargs)  # (N, F), of all ranks
         if self.log_completions:
-            *_, completion_ids = args
+            inputs, *_, completion_ids = args
+            if any("solution" in row for row in inputs):
+                self._log_completion_extra(SOLUTION, [_as_text(row.get("solution")) for row in inputs])
             ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}  # as in the parent's completions/clipped_ratio
             self._log_completion_extra(TRUNCATED, [bool(ids) and ids[-1] not in ends for ids in completion_ids])
         return rewards_per_func
@@ -66,3 +79,8 @@ class LoggedCompletions(GRPOTrainer):
             self._token_logps.add(inputs, logps, mask)
             if self.accelerator.sync_gradients:  # the last micro-batch of the step
                 self._token_logps.write(self._logs["extra"])
+
+
+def _as_text(value: Any) -> str | None:
+    """A dataset's value, as text, so that all rows of the table have one type."""
+    return None if value is None else str(value)

@@ -4,18 +4,25 @@ import html
 import json
 import re
 from collections.abc import Iterable, Sequence
+from datetime import datetime
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from .charts import arrange
-from .findings import RULES, Evidence, find
-from .groups import Completion, Group, finite, group_rows
+from .charts import absent, arrange
+from .findings import Evidence, Finding, evaluate, find
+from .groups import NO_ANSWER, Completion, Group, finite, group_rows
+from .meanings import meanings
 from .metrics import metric_series
 from .run_files import HOW_TO_LOG_COMPLETIONS, RunFiles, choose_steps, read_run
 
 FILE_NAME = "report.html"
 MAX_COMPLETIONS = 10_000
+# Settings in the header; the others are in a list that opens.
+SHOWN_SETTINGS = (
+    "max_completion_length", "num_generations", "temperature", "learning_rate", "loss_type", "baseline",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "seed",
+)  # fmt: skip
 _MISSING = (
     "The report needs the package {name}, which is not installed. Install it, or the extra `report`: pip install "
     "plotly pyarrow."
@@ -84,21 +91,29 @@ def describe(run: RunFiles, max_completions: int = MAX_COMPLETIONS, steps: Itera
     return {
         "title": run.directory.resolve().name,
         "facts": [*_run_facts(run), *facts],
+        "settings": {name: str(value) for name, value in run.settings.get("args", {}).items() if value is not None},
         "notes": notes,
-        "findings": [finding._asdict() for finding in find(evidence)],
-        "rules": [rule.text for rule in RULES],
+        "findings": [_finding(finding) for finding in find(evidence)],
+        "rules": evaluate(evidence),
         "metrics": {name: series._asdict() for name, series in metrics.items()},
         "sections": [
             {
                 "title": section.title,
+                "constant": section.constant,
                 "charts": [
                     {**chart._asdict(), "lines": [line._asdict() for line in chart.lines]} for chart in section.charts
                 ],
             }
             for section in arrange(metrics)
         ],
+        "absent": absent(metrics),
+        "meanings": meanings(metrics),
         **_table_content(groups, functions, trained_known),
     }
+
+
+def _finding(finding: Finding) -> dict[str, Any]:
+    return {**finding._asdict(), "consequences": [_finding(each) for each in finding.consequences]}
 
 
 def render(content: dict[str, Any], library: str) -> str:
@@ -134,7 +149,9 @@ def _read_groups(
     )
     shown, total = sum(sizes[step] for step in chosen), sum(sizes.values())
     of_all = "" if shown == total else f" (of {total} at {len(sizes)} steps)"
-    return groups, [("completions", f"{shown} at {len(chosen)} step{'s' * (len(chosen) != 1)}{of_all}")], []
+    facts = [("completions", f"{shown} at {len(chosen)} step{'s' * (len(chosen) != 1)}{of_all}")]
+    texts = {str(completion.messages) for group in groups for completion in group.completions}
+    return groups, [*facts, ("different completions", str(len(texts)))], []
 
 
 def _run_facts(run: RunFiles) -> list[tuple[str, str]]:
@@ -147,24 +164,38 @@ def _run_facts(run: RunFiles) -> list[tuple[str, str]]:
         facts.append(("training time", f"{seconds:.0f} s"))
     if run.log_file is not None:
         facts.append(("log", str(run.log_file.relative_to(run.directory))))
-    return facts
+        written = datetime.fromtimestamp(run.log_file.stat().st_mtime).astimezone()
+        facts.append(("logged until", f"{written:%Y-%m-%d %H:%M %Z}"))
+    return [("directory", str(run.directory.resolve())), *facts, *_setting_facts(run.settings)]
+
+
+def _setting_facts(settings: dict[str, Any]) -> list[tuple[str, str]]:
+    values = {name: settings.get(name) for name in ("model", "dataset", "prompts")}
+    values |= {name: settings.get("args", {}).get(name) for name in SHOWN_SETTINGS}
+    versions = " ".join(f"{name} {number}" for name, number in settings.get("versions", {}).items())
+    facts = [(name, str(value)) for name, value in values.items() if value not in (None, "")]
+    return [*facts, *([("versions", versions)] if versions else [])]
 
 
 def _table_content(groups: Sequence[Group], functions: Sequence[str], trained_known: bool) -> dict[str, Any]:
     completions = [completion for group in groups for completion in group.completions]
-    # By what all_wrong and all_equal are judged: the trained reward, and each function where there are several.
+    # By what none_positive and all_equal are judged: the trained reward, and each function where there are several.
     judges: list[str | None] = [None] if trained_known or not functions else []
     judges += [name for name in functions if len(functions) > 1]
     return {
         "functions": functions,
         "judges": ["reward" if judge is None else judge for judge in judges],
-        "extras": list(dict.fromkeys(name for completion in completions for name in completion.extra)),
+        "extras": list(
+            dict.fromkeys(name for each in completions for name, value in each.extra.items() if value is not None)
+        ),
         "has": {
             "reward": trained_known,
             "advantage": any(completion.advantage is not None for completion in completions),
             "length": any(completion.length is not None for completion in completions),
             "baseline": any(completion.baseline is not None for completion in completions),
+            "solution": any(group.solution is not None for group in groups),
             "truncated": any(completion.truncated is not None for completion in completions),
+            "verdict": any(completion.verdict is not None for completion in completions),
             "logps": any(completion.logps is not None for completion in completions),
         },
         "groups": [
@@ -172,7 +203,8 @@ def _table_content(groups: Sequence[Group], functions: Sequence[str], trained_kn
                 "step": group.step,
                 "split": group.split,
                 "prompt": group.prompt,
-                "all_wrong": [group.all_wrong(judge) for judge in judges],
+                "solution": group.solution,
+                "none_positive": [group.none_positive(judge) for judge in judges],
                 "all_equal": [group.all_equal(judge) for judge in judges],
                 "rows": [_row(completion, functions) for completion in group.completions],
             }
@@ -191,6 +223,7 @@ def _row(completion: Completion, functions: Sequence[str]) -> dict[str, Any]:
         "baseline": completion.baseline,
         "truncated": completion.truncated,
         "unscorable": completion.unscorable,
+        "no_answer": completion.verdict == NO_ANSWER,
         "extra": {name: str(value) for name, value in completion.extra.items() if value is not None},
     }
     if completion.tokens is not None and completion.logps is not None:

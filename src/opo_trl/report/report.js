@@ -27,25 +27,47 @@
 
   data.facts.forEach(([name, value]) =>
     byId("facts").append(element("div", "", element("dt", "", name), element("dd", "", value))));
+  const settings = Object.entries(data.settings);
+  byId("settings").hidden = !settings.length;
+  byId("settings").append(element("ul", "", ...settings.map(([name, value]) => element("li", "", `${name}: ${value}`))));
+
+  function showButton(finding) {
+    const button = element("button", "", "Show these completions");
+    button.type = "button";
+    button.addEventListener("click", () => { // the step and the search stay as they are chosen
+      Object.assign(state, { filters: new Set([finding.filter]), page: 0 });
+      showCompletions();
+      byId("completions").scrollIntoView();
+    });
+    return button;
+  }
+
+  function cardOf(finding) {
+    const card = element("div", "finding", element("strong", "", finding.title), sentence(`${finding.text} ${finding.advice}`));
+    if (finding.examples.length) {
+      const texts = finding.examples.map(([what, text]) =>
+        [element("dt", "", what), element("dd", "text", text)]).flat();
+      card.append(element("dl", "examples", ...texts));
+    }
+    if (finding.filter && FILTERS.some((filter) => filter.id === finding.filter))
+      card.append(element("div", "", showButton(finding)));
+    if (finding.consequences.length) {
+      const list = finding.consequences.map((each) =>
+        element("li", "", element("b", "", `${each.title}. `), sentence(each.text)));
+      card.append(element("div", "follows", "Probably follows from this:", element("ul", "", ...list)));
+    }
+    return card;
+  }
 
   function showFindings() {
-    data.findings.forEach((finding) => {
-      const card = element("div", "finding", element("strong", "", finding.title), sentence(finding.text));
-      if (finding.filter && FILTERS.some((filter) => filter.id === finding.filter)) {
-        const button = element("button", "", "Show these completions");
-        button.type = "button";
-        button.addEventListener("click", () => {
-          Object.assign(state, { filters: new Set([finding.filter]), step: "", split: "", query: "", page: 0 });
-          showCompletions();
-          byId("completions").scrollIntoView();
-        });
-        card.append(element("div", "", button));
-      }
-      byId("findings").append(card);
-    });
+    byId("findings").append(...data.findings.map(cardOf));
     if (!data.findings.length) byId("findings").append(element("p", "nothing", "Nothing stands out by the rules."));
-    const rules = element("ul", "", ...data.rules.map((rule) => element("li", "", rule)));
-    byId("findings").append(element("details", "", element("summary", "", "The rules"), rules));
+    const rules = data.rules.map(([text, result]) =>
+      element("li", "", element("span", `result ${result.split(":")[0].replace(" ", "-")}`, result), ` ${text}`));
+    const count = (result) => data.rules.filter(([, each]) => each.startsWith(result)).length;
+    const summary = `The ${data.rules.length} rules: ${count("found")} found something, ` +
+      `${count("not found")} found nothing, ${count("not evaluated")} could not be evaluated`;
+    byId("findings").append(element("details", "", element("summary", "", summary), element("ul", "", ...rules)));
     data.notes.forEach((note) => byId("notes").append(element("p", "note", sentence(note))));
   }
 
@@ -54,23 +76,33 @@
   const style = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
   const drawn = [];
 
-  const allZero = (chart) => chart.lines.every(({ metric }) => data.metrics[metric].values.every((value) => !value));
+  const largest = (chart) =>
+    Math.max(...chart.lines.flatMap(({ metric }) => data.metrics[metric].values.map(Math.abs)));
+
+  // A line at the step whose completions are shown.
+  function chosenStep() {
+    if (!state.step) return [];
+    return [{ type: "line", x0: Number(state.step), x1: Number(state.step), yref: "paper", y0: 0, y1: 1,
+      line: { color: style("muted"), width: 1.5, dash: "dot" } }];
+  }
 
   function layout(chart) {
     const axis = { gridcolor: style("line"), zerolinecolor: style("line"), linecolor: style("line"), automargin: true };
+    const limits = chart.fraction ? { autorangeoptions: { minallowed: -0.04, maxallowed: 1.04 } } : {};
     return {
-      title: { text: chart.title, x: 0.02, xanchor: "left", y: 0.96, yanchor: "top", font: { size: 14 } },
       font: { color: style("text"), family: "system-ui, sans-serif", size: 12 },
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
-      margin: { l: 48, r: 14, t: 44, b: 38 },
-      xaxis: { ...axis, title: { text: "optimizer step", standoff: 6, font: { size: 11 } } },
+      margin: { l: 48, r: 14, t: chart.lines.length > 1 ? 30 : 10, b: 38 },
+      xaxis: { ...axis, title: { text: "optimizer step", standoff: 6, font: { size: 11 } },
+        unifiedhovertitle: { text: "step %{x}" }, exponentformat: "SI" },
       yaxis: { ...axis, title: { text: chart.unit, standoff: 6, font: { size: 11 } },
-        exponentformat: "power", ...(allZero(chart) ? { range: [-0.05, 1] } : {}) },
+        exponentformat: largest(chart) >= 1000 ? "SI" : "e", ...limits },
       barmode: "stack", bargap: 0.15,
       showlegend: chart.lines.length > 1,
       legend: { orientation: "h", x: 1, xanchor: "right", y: 1.02, yanchor: "bottom", font: { size: 11 }, traceorder: "normal" },
       hovermode: "x unified",
       hoverlabel: { bgcolor: style("card"), bordercolor: style("line"), font: { color: style("text") } },
+      shapes: chosenStep(),
     };
   }
 
@@ -85,25 +117,48 @@
     });
   }
 
-  function draw(box, chart) {
-    const options = { displaylogo: false, responsive: true, displayModeBar: false };
-    window.Plotly.newPlot(box, traces(chart), layout(chart), options).then(() => {
-      box.on("plotly_click", (event) => showStep(event.points[0].x));
-    });
-    drawn.push([box, chart]);
+  // What a metric is, shown under the pointer.
+  function named(name, ...metrics) {
+    const made = element("span", "metric", name);
+    made.title = metrics.filter((metric) => metric in data.meanings)
+      .map((metric) => `${metric}: ${data.meanings[metric]}`).join("\n");
+    return made;
   }
 
-  function showSection(section, collapsed) {
+  function draw(box, chart) {
+    const options = { displaylogo: false, responsive: true, displayModeBar: false };
+    const plot = element("div", "plot");
+    const title = element("h3", "", named(chart.title, ...chart.lines.map(({ metric }) => metric)));
+    box.append(title, plot);
+    window.Plotly.newPlot(plot, traces(chart), layout(chart), options).then(() => {
+      plot.on("plotly_click", (event) => showStep(event.points[0].x));
+    });
+    drawn.push([plot, chart]);
+  }
+
+  const markStep = () => drawn.forEach(([plot]) => window.Plotly.relayout(plot, { shapes: chosenStep() }));
+
+  function constantOf(section) {
+    const items = section.constant.flatMap((metric, i) =>
+      [i ? ", " : "", named(metric, metric), ` ${number(data.metrics[metric].values[0])}`]);
+    return element("p", "note constant", "Constant: ", ...items);
+  }
+
+  function showSection(section, collapsed, first) {
     const boxes = section.charts.map(() => element("div", "chart"));
-    const grid = element("div", "grid", ...boxes);
+    const parts = [element("div", "grid", ...boxes)];
+    if (section.constant.length) parts.unshift(constantOf(section));
+    if (first && data.absent.length) parts.unshift(element("p", "note", `No value in the log: ${data.absent.join(", ")}`));
+    if (first && data.groups.length)
+      parts.unshift(element("p", "note", "Click a point of a curve to see the completions of that step."));
     const drawAll = () => section.charts.forEach((chart, i) => draw(boxes[i], chart));
     if (!collapsed) {
-      byId("charts").append(element("section", "", element("h2", "", section.title), grid));
+      byId("charts").append(element("section", "", element("h2", "", section.title), ...parts));
       drawAll();
       return;
     }
-    const heading = element("h2", "", `${section.title} (${section.charts.length})`);
-    const details = element("details", "", element("summary", "", heading), grid);
+    const heading = element("h2", "", `${section.title} (${section.charts.length + section.constant.length})`);
+    const details = element("details", "", element("summary", "", heading), ...parts);
     details.addEventListener("toggle", drawAll, { once: true }); // drawn when it is opened for the first time
     byId("charts").append(details);
   }
@@ -119,24 +174,41 @@
 
   // ---- Theme
 
+  const THEME = "opo-trl report theme";
+
+  // A browser can refuse storage, as some do for a file: the theme is then that of the system.
+  function stored(theme) {
+    try {
+      if (theme) localStorage.setItem(THEME, theme);
+      return localStorage.getItem(THEME);
+    } catch {
+      return null;
+    }
+  }
+
   function setTheme(theme) {
     document.documentElement.dataset.theme = theme;
     byId("theme").textContent = theme === "dark" ? "Light theme" : "Dark theme";
     drawn.forEach(([box, chart]) => window.Plotly.react(box, traces(chart), layout(chart)));
   }
 
-  byId("theme").addEventListener("click", () =>
-    setTheme(document.documentElement.dataset.theme === "dark" ? "light" : "dark"));
+  byId("theme").addEventListener("click", () => {
+    const theme = document.documentElement.dataset.theme === "dark" ? "light" : "dark";
+    stored(theme);
+    setTheme(theme);
+  });
 
   // ---- Completions
 
   const FILTERS = [
-    { id: "all_wrong", label: "all wrong", of: (group) => group.all_wrong[state.judge],
+    { id: "none_positive", label: "no reward above 0", of: (group) => group.none_positive[state.judge],
       help: "Groups in which no completion has a reward above 0" },
     { id: "all_equal", label: "all equal", of: (group) => group.all_equal[state.judge],
       help: "Groups in which all completions have the same reward" },
     { id: "truncated", label: "truncated", of: (group, row) => row.truncated === true, shown: data.has.truncated,
       help: "Completions that reach max_completion_length without an end-of-sequence token" },
+    { id: "no_answer", label: "no answer", of: (group, row) => row.no_answer, shown: data.has.verdict,
+      help: "Completions in which math_verify_reward finds no answer" },
     { id: "unscorable", label: "unscorable", of: (group, row) => row.unscorable,
       help: "Completions for which every reward function returned None" },
   ].filter((filter) => filter.shown !== false);
@@ -149,19 +221,26 @@
   const selected = (group) =>
     (!state.step || group.step === Number(state.step)) && (!state.split || group.split === state.split);
 
-  function matches(group, row, query) {
-    for (const filter of FILTERS) if (state.filters.has(filter.id) && !filter.of(group, row)) return false;
+  function found(group, row, query) {
     if (!query) return true;
-    group.text ??= textOf(group.prompt);
-    row.text ??= textOf(row.messages);
+    group.text ??= `${textOf(group.prompt)}\n${group.solution ?? ""}`.toLowerCase();
+    row.text ??= `${textOf(row.messages)}\n${Object.values(row.extra).join("\n")}`.toLowerCase();
     return group.text.includes(query) || row.text.includes(query);
   }
 
-  // Groups with a completion that passes all filters, each with those completions.
-  function matching() {
+  const passes = (group, row) => FILTERS.every((filter) => !state.filters.has(filter.id) || filter.of(group, row));
+
+  // Groups with a completion of the chosen step that the search finds, each with those completions.
+  function searched() {
     const query = state.query.trim().toLowerCase();
     return data.groups.filter(selected)
-      .map((group) => [group, group.rows.filter((row) => matches(group, row, query))])
+      .map((group) => [group, group.rows.filter((row) => found(group, row, query))])
+      .filter(([, rows]) => rows.length);
+  }
+
+  // Those of them that pass all filters.
+  function matching(groups) {
+    return groups.map(([group, rows]) => [group, rows.filter((row) => passes(group, row))])
       .filter(([, rows]) => rows.length);
   }
 
@@ -176,11 +255,10 @@
     return pages;
   }
 
-  function showFilters() {
-    const groups = data.groups.filter(selected);
+  function showFilters(groups) {
     const buttons = FILTERS.map((filter) => {
       let hits = 0;
-      groups.forEach((group) => group.rows.forEach((row) => { if (filter.of(group, row)) hits++; }));
+      groups.forEach(([group, rows]) => rows.forEach((row) => { if (filter.of(group, row)) hits++; }));
       const button = element("button", "", `${filter.label} (${hits})`);
       button.type = "button";
       button.title = filter.help;
@@ -190,6 +268,7 @@
         if (!state.filters.delete(filter.id)) state.filters.add(filter.id);
         state.page = 0;
         showCompletions();
+        document.querySelector(`[data-filter=${filter.id}]`).focus(); // the buttons have been made anew
       });
       return button;
     });
@@ -216,11 +295,14 @@
     return box;
   }
 
+  const baselinesOf = (group) => new Set(group.rows.map((row) => row.baseline).filter((value) => value !== null));
+  const severalBaselines = data.groups.some((group) => baselinesOf(group).size > 1); // else the header has it
+
   const COLUMNS = [
     ...(data.has.reward || !data.functions.length ? [["reward", (row) => row.reward]] : []),
     ...(data.functions.length > 1 || !data.has.reward
       ? data.functions.map((name, i) => [name, (row) => row.rewards[i]]) : []),
-    ...(data.has.baseline ? [["b*", (row) => row.baseline]] : []),
+    ...(severalBaselines ? [["b*", (row) => row.baseline]] : []),
     ...(data.has.advantage ? [["advantage", (row) => row.advantage]] : []),
     ...(data.has.length ? [["length", (row) => row.length]] : []),
   ];
@@ -247,29 +329,46 @@
     if (group.split) say(group.split === "eval" ? "held-out" : "training");
     const scores = group.rows.map((row) => row.reward).filter((value) => value !== null);
     if (scores.length) say(`mean reward ${number(scores.reduce((a, b) => a + b, 0) / scores.length)}`);
-    const baselines = new Set(group.rows.map((row) => row.baseline).filter((value) => value !== null));
+    const baselines = baselinesOf(group);
     if (baselines.size === 1) say(`b* ${number([...baselines][0])}`);
     say(rows.length === group.rows.length
       ? `${rows.length} completion${rows.length === 1 ? "" : "s"}`
       : `${rows.length} of ${group.rows.length} completions`);
-    if (group.all_wrong[state.judge]) header.append(element("span", "badge", "all wrong"));
+    if (group.none_positive[state.judge]) header.append(element("span", "badge", "no reward above 0"));
     if (group.all_equal[state.judge]) header.append(element("span", "badge", "all equal"));
     const heads = COLUMNS.map(([name]) => element("th", "number", name));
     heads.push(element("th", "", "completion"), ...data.extras.map((name) => element("th", "", name)));
     const table = element("table", "", element("thead", "", element("tr", "", ...heads)),
       element("tbody", "", ...rows.map(rowOf)));
-    return element("article", "group", header, element("div", "prompt", messagesOf(group.prompt)),
-      element("div", "scroll", table));
+    const prompt = element("div", "prompt", messagesOf(group.prompt));
+    if (group.solution !== null)
+      prompt.append(element("div", "solution", element("span", "role", "solution"), " ", group.solution));
+    return element("article", "group", header, prompt, element("div", "scroll", table));
   }
 
+  const START = { step: "", split: "", query: "", page: 0 };
+
+  function reset() {
+    Object.assign(state, START, { filters: new Set() });
+    showCompletions();
+  }
+
+  let marked = "";
+
   function showCompletions() {
-    const found = matching();
+    const candidates = searched();
+    const found = matching(candidates);
     const pages = pagesOf(found);
     state.page = Math.max(0, Math.min(state.page, pages.length - 1));
     byId("step").value = state.step;
     byId("split").value = state.split;
     byId("query").value = state.query;
-    showFilters();
+    showFilters(candidates);
+    if (state.step !== marked) markStep();
+    marked = state.step;
+    const isRestricted = Boolean(state.step || state.split || state.query || state.filters.size);
+    document.querySelectorAll(".reset").forEach((button) => { button.disabled = !isRestricted; });
+    byId("nothing-found").hidden = found.length > 0;
     byId("groups").replaceChildren(...(pages[state.page] ?? []).map(groupOf));
     const rows = found.reduce((total, each) => total + each[1].length, 0);
     byId("shown").textContent =
@@ -313,14 +412,15 @@
         showCompletions();
         byId("completions").scrollIntoView();
       }));
+    document.querySelectorAll(".reset").forEach((button) => button.addEventListener("click", reset));
     turn(".previous", -1);
     turn(".next", 1);
     showCompletions();
   }
 
-  setTheme(window.matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
+  setTheme(stored() || (window.matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light"));
   showFindings();
   startCompletions();
-  data.sections.forEach((section) => showSection(section, section.title === "All other metrics"));
+  data.sections.forEach((section, i) => showSection(section, section.title === "All other metrics", i === 0));
   document.documentElement.dataset.ready = "true";
 })();

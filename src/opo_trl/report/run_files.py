@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+SETTINGS = "training_args.json"
 LOGS = ("trainer_state.json", "log.json")
 HOW_TO_LOG_COMPLETIONS = (
     "This run has no completions tables. Train with `log_completions=True` (`--log_completions` on the command line) "
@@ -30,6 +31,8 @@ class RunFiles:
             Optimizer steps that the run was to take, where the log has them.
         tables (`dict[int, Path]`):
             Completions tables by step, in order.
+        settings (`dict[str, Any]`):
+            What [`~opo_trl.report.run_settings.RunSettings`] has written; empty for a plain `GRPOTrainer`.
     """
 
     directory: Path
@@ -37,6 +40,7 @@ class RunFiles:
     log: list[dict[str, Any]]
     max_steps: int | None
     tables: dict[int, Path]
+    settings: dict[str, Any]
 
     @property
     def reward_names(self) -> list[str]:
@@ -80,7 +84,7 @@ def read_run(directory: str | Path) -> RunFiles:
             "step. Call `trainer.save_state()` at the end of training, or save a checkpoint."
         )
     log_file, log, max_steps = max(logs, key=lambda each: _last_step(each[1]), default=(None, [], None))
-    return RunFiles(directory, log_file, log, max_steps, dict(sorted(tables.items())))
+    return RunFiles(directory, log_file, log, max_steps, dict(sorted(tables.items())), _read_settings(directory))
 
 
 def choose_steps(tables: dict[int, int], max_completions: int, steps: Iterable[int] = ()) -> list[int]:
@@ -126,16 +130,26 @@ def _describe_steps(logged: Sequence[int]) -> str:
 
 
 def _read_log(path: Path) -> tuple[list[dict[str, Any]], int | None]:
+    content = _read_json(path)
+    if isinstance(content, list):  # log.json
+        return content, None
+    return content.get("log_history", []), content.get("max_steps")
+
+
+def _read_json(path: Path) -> Any:
     try:
-        content = json.loads(path.read_text())
+        return json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(
             f"{path} must be JSON that a trainer has written, got a file that cannot be read: {error}. Remove it to "
             "build the report from the run's other files."
         ) from error
-    if isinstance(content, list):  # log.json
-        return content, None
-    return content.get("log_history", []), content.get("max_steps")
+
+
+def _read_settings(directory: Path) -> dict[str, Any]:
+    path = directory / SETTINGS
+    content = _read_json(path) if path.is_file() else {}
+    return content if isinstance(content, dict) else {}
 
 
 def _last_step(log: Sequence[dict[str, Any]]) -> int:
