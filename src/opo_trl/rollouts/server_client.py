@@ -2,13 +2,15 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from trl.generation.vllm_client import VLLMClient, parse_logprobs
 
-from .completion_stream import CompletionStream
 from .watched_session import WatchedSession, health_fault
+
+if TYPE_CHECKING:
+    from .completion_stream import CompletionStream
 
 LEAST_PATIENCE = 60.0  # seconds
 
@@ -162,6 +164,8 @@ class ServerClient(VLLMClient):
         if features is not None or structured_outputs_regex is not None:
             raise ValueError("a streamed step takes prompts of text, and no regular expression")
         if self._stream is None:
+            from .completion_stream import CompletionStream  # imports httpx, which nothing else needs
+
             self._check_policy()
             self._stream = CompletionStream(self.base_url, self.session.patience, self._group)
         for prompt, seed in zip(prompts, seeds, strict=True):
