@@ -71,7 +71,7 @@ def test_the_updates_headlines():
 
 
 def test_a_ratio_is_the_same_number_on_every_page():
-    """`5.5x` means the update against TRL's; but for streaming's, other pages have only the ratios of README's table."""
+    """`5.5x` means the update against TRL's; pages but streaming's have only the ratios of README's table."""
     ratios = re.compile(r"\b\d+\.\d+x\b")
     claims = {
         ratio for row in the_table(README, "half of the groups uninformative") for ratio in ratios.findall(str(row))
