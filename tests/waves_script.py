@@ -158,12 +158,11 @@ def fail_in_a_wave(case: str, trainer: OPOTrainer, server: VllmStandIn, script: 
         script.faults["seven!"] = faults[fault]
         return
     rewards = trainer.reward_funcs[0]
+    is_last_rank = trainer.accelerator.process_index == trainer.accelerator.num_processes - 1
 
     def fails_in_a_wave(prompts: list[str], **kwargs: Any) -> Any:
         # The two groups of the last wave may come in either order, and a rank may have the rows of one of them.
-        if {"seven!", "twenty two"} & {
-            *prompts
-        } and trainer.accelerator.process_index == trainer.accelerator.num_processes - 1:
+        if is_last_rank and {"seven!", "twenty two"} & {*prompts}:
             trainer.reward_funcs[0] = rewards
             raise OverflowError(f"rank {trainer.accelerator.process_index} only")
         return rewards(prompts=prompts, **kwargs)
