@@ -151,7 +151,10 @@ def test_the_quickstart_is_what_runs_without_arguments(monkeypatch, tmp_path):
     [
         (["--dataset_name", "{gsm8k}"], "--model_name_or_path must name a causal.* tiny_policy"),
         (["--model_name_or_path", "no such model"], "--dataset_name must name the problems"),
-        (["--dataset_name", "{gsm8k}", "--model_name_or_path", "m", "--prompt_column", "text"], r"found \['question', 'answer'\]"),
+        (
+            ["--dataset_name", "{gsm8k}", "--model_name_or_path", "m", "--prompt_column", "text"],
+            r"found \[.question., .answer.\]",
+        ),
         (["--dataset_name", "{gsm8k}", "--epsilon", "0.2"], "`epsilon` must be None"),
         (["--dataset_name", "{gsm8k}", "--num_generations", "3"], "`per_device_train_batch_size` to 3 or 6"),
         (["--dataset_name", "{gsm8k}", "--model_name_or_path", "{model}/no"], "there is no such directory"),
