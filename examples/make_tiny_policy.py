@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from opo_trl.scripts.arithmetic import load_arithmetic
@@ -30,8 +30,9 @@ NUM_PROBLEMS = 20_000
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per character, and one for the start of a box."""
+    """One token per character, and one for the start of a box; every other character is read as `?`."""
     tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(VOCABULARY)}, unk_token="?"))
+    tokenizer.normalizer = normalizers.Replace("\n", "")  # which ends each message of `to_plain_text`
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\\boxed\{|."), "isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, padding_side="left")

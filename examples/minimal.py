@@ -10,7 +10,7 @@ from opo_trl import OPOConfig, OPOTrainer
 from opo_trl.scripts.policies import model_path
 
 model = sys.argv[1] if len(sys.argv) > 1 else model_path("tiny_policy")  # any causal language model
-
+# The tiny policy has tokens for digits, + - = ? , space, \boxed{ and }: it reads any other character as `?`.
 rng = random.Random(0)
 sums = [(rng.randint(1, 49), rng.randint(1, 49), rng.randint(1, 49)) for _ in range(2_000)]
 problems = Dataset.from_list([{"prompt": f"{a}+{b}+{c}=?", "answer": a + b + c} for a, b, c in sums])

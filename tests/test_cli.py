@@ -195,6 +195,19 @@ def test_the_exit_status_is_that_of_the_script(monkeypatch, capsys, error, statu
             cli.main(["evaluate"])
 
 
+def test_a_training_without_a_model_or_problems_is_not_launched(monkeypatch, capsys):
+    launched = []
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", launched.append)
+    assert cli.main(["train", "--num_processes", "1", "--dataset_name", "d"]) == 1
+    assert "error: --model_name_or_path must name a causal language model" in capsys.readouterr().err
+    assert cli.main(["train", "--model_name_or_path=m", "--max_steps", "1"]) == 1
+    assert "error: --dataset_name must name the problems" in capsys.readouterr().err
+    assert launched == []
+    for complete in ([], ["--num_processes", "1"], ["--config", "run.yaml"], ["--model_name=m", "--dataset-name", "d"]):
+        assert cli.main(["train", *complete]) == 0
+    assert len(launched) == 4
+
+
 def test_train_runs_outside_of_a_checkout(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["train", "--cpu", *TINY, "--output_dir", "run"]) == 0

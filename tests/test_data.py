@@ -208,6 +208,17 @@ def test_further_columns_can_be_kept(tmp_path):
         load_math_dataset(path, keep_columns=["level", "id"])
 
 
+def test_answers_are_optional_for_rewards_that_need_none(tmp_path):
+    path = write(tmp_path / "some.jsonl", [{"problem": "2+2", "answer": "4"}, {"problem": "3+3", "answer": None}])
+    assert load_math_dataset(path, require_solution=False)["solution"][:] == ["4", None]
+    path = write(tmp_path / "none.jsonl", [{"problem": "2+2"}, {"problem": "2+2"}])
+    assert load_math_dataset(path, require_solution=False)["solution"][:] == [None]
+    with pytest.raises(ValueError, match="`solution_column` must name a column"):
+        load_math_dataset(path)
+    with pytest.raises(ValueError, match="`solution_column` must name a column"):
+        load_math_dataset(path, solution_column="gold", require_solution=False)
+
+
 def test_message_prompts_stay_messages(tmp_path):
     messages = [{"role": "user", "content": "2+2"}]
     path = write(tmp_path / "chat.jsonl", [{"prompt": messages, "solution": "4"}])

@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import io
 import itertools
+import json
 import re
 import runpy
 import shlex
@@ -141,6 +142,21 @@ def check_command(words, only_parse):
                 runpy.run_path(script, run_name="__main__")
         else:
             assert arguments == []
+
+
+def test_the_command_on_a_cpu_runs_with_the_files_of_its_page(tmp_path, monkeypatch, caplog):
+    """Cut short: two steps of 16 completions."""
+    blocks = read_blocks(ROOT / "docs" / "own_reward.md")
+    (position,) = [at for at, block in enumerate(blocks) if "tiny_policy" in block.text and block.language in SHELL]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    exec(blocks[position - 1].text, {})
+    (words,) = commands(blocks[position].text)
+    short = ["--max_steps", "2", "--per_device_train_batch_size", "16", "--logging_steps", "1"]
+    train_math.main([*cli.parse_launch("train", words[2:]).training_script_args, *short])
+    state = json.loads(Path("outputs/sums/checkpoint-2/trainer_state.json").read_text())
+    assert all(0 < entry["rewards/close/mean"] <= 1 for entry in state["log_history"] if "reward" in entry)
+    assert "unknown token" not in caplog.text
 
 
 LAUNCHERS = ("accelerate", "opo-trl", "torchrun", "make")

@@ -1,6 +1,7 @@
 """What is refused before, or as soon as, a run would fail because of its reward functions, model or datasets."""
 
 import math
+import re
 from decimal import Decimal
 from fractions import Fraction
 from functools import partial, wraps
@@ -9,11 +10,14 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
+from transformers import AutoTokenizer
 
 from opo_trl import OPOTrainer
-from opo_trl.on_policy.reward_parameters import _PASSED_BY_TRL, check_reward_parameters
+from opo_trl.on_policy.reward_parameters import _PASSED_BY_TRL, check_reward_parameters, column_parameters
+from opo_trl.on_policy.unknown_tokens import warn_of_unknown_tokens
 from opo_trl.rewards import boxed_format_reward, math_verify_reward
 from opo_trl.runs.reward_values import check_reward_values
+from opo_trl.scripts.policies import model_path
 from tiny import scripted_reward, scripted_rollout, tiny_config, tiny_model, tiny_tokenizer
 
 PROBLEMS = Dataset.from_dict({"prompt": ["1+1", "2+2", "3+3", "4+4"], "solution": ["2", "4", "6", "8"]})
@@ -221,3 +225,43 @@ def test_a_tilde_that_nothing_expands_is_named(tmp_path, monkeypatch):
 def test_a_name_that_may_be_of_the_hub_is_said_to_be_no_directory_either(tmp_path):
     with pytest.raises(OSError, match=r"'outputs/no-such' is not a local directory, and could not be loaded"):
         trainer(tmp_path, model="outputs/no-such", processing_class=None)
+
+
+# ---- Tokens
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("17+8-12=?", None),  # `?` is a token of its own, and the unknown one
+        ([{"role": "user", "content": "17+8-12=?\n"}], None),
+        ("Add 1 and 2?", r"50 % of the tokens .* '\?'.* reads 'Add 1 and 2\?' as '\?\?\? 1 \?\?\? 2\?'"),
+        ([{"role": "user", "content": "What?"}], "80 % of the tokens"),
+        ([{"role": "user", "content": [{"type": "text", "text": "What?"}]}], None),  # parts are not looked at
+    ],
+)
+def test_prompts_that_the_tokenizer_cannot_read_are_warned_about(prompt, message, caplog):
+    tokenizer = AutoTokenizer.from_pretrained(model_path("tiny_policy"))
+    warn_of_unknown_tokens(Dataset.from_dict({"prompt": [prompt] * 100}), tokenizer)
+    assert re.search(message, caplog.text) if message else not caplog.records
+    assert len(caplog.records) == (message is not None)
+
+
+def test_the_trainer_warns_before_it_trains(tmp_path, caplog):
+    trainer(tmp_path)
+    assert "unknown token" not in caplog.text
+    trainer(tmp_path, train_dataset=PROBLEMS.map(lambda row: {"prompt": "% & !"}))
+    assert "unknown token '<unk>'" in caplog.text
+
+
+def test_the_parameters_that_columns_are_passed_to():
+    def needs(completions, solution, level=None, **kwargs):
+        return []
+
+    def may_use(prompts, completions, trainer_state, solution=None, *, score, **kwargs):
+        return []
+
+    assert column_parameters([needs]) == {"solution": True, "level": False}
+    assert column_parameters([may_use, needs]) == {"solution": True, "score": True, "level": False}
+    assert column_parameters([may_use]) == {"solution": False, "score": True}
+    assert column_parameters([boxed_format_reward, tiny_model()]) == {}

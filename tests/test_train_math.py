@@ -149,9 +149,12 @@ def test_the_quickstart_is_what_runs_without_arguments(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--dataset_name", "{gsm8k}"], "--model_name_or_path must name a causal language model"),
+        (["--dataset_name", "{gsm8k}"], "--model_name_or_path must name a causal.* tiny_policy"),
         (["--model_name_or_path", "no such model"], "--dataset_name must name the problems"),
-        (["--dataset_name", "{gsm8k}", "--prompt_column", "text"], r"found \['question', 'answer'\]"),
+        (
+            ["--dataset_name", "{gsm8k}", "--model_name_or_path", "m", "--prompt_column", "text"],
+            r"found \[.question., .answer.\]",
+        ),
         (["--dataset_name", "{gsm8k}", "--epsilon", "0.2"], "`epsilon` must be None"),
         (["--dataset_name", "{gsm8k}", "--num_generations", "3"], "`per_device_train_batch_size` to 3 or 6"),
         (["--dataset_name", "{gsm8k}", "--model_name_or_path", "{model}/no"], "there is no such directory"),
@@ -224,6 +227,12 @@ def length(completions, **kwargs):
 
 limit = 3
 """
+COLUMNS = """
+def level_reward(prompts, completions, level, **kwargs):
+    assert kwargs["solution"] == [None] * len(level) and "unused" not in kwargs
+    assert [prompt[-1]["content"] for prompt in prompts] == [f"{n}+{n}?" for n in level]
+    return [float(n) for n in level]
+"""
 
 
 def test_rewards_of_the_command_line(tmp_path, chat_model_dir, gsm8k, monkeypatch, capsys):
@@ -242,6 +251,24 @@ def test_rewards_of_the_command_line(tmp_path, chat_model_dir, gsm8k, monkeypatc
     assert logged["reward"] == pytest.approx(2 * logged["rewards/length/mean"])
     assert logged["eval_pass@1"] == pytest.approx(logged["eval_rewards/length/mean"])
     assert "no eval_pass@k" not in capsys.readouterr().out
+
+
+def test_a_reward_gets_the_columns_that_it_names(tmp_path, chat_model_dir, monkeypatch):
+    """With held-out problems, without answers, and without the line that is added to problems."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "reward_with_columns.py").write_text(COLUMNS)
+    rows = [{"question": f"{n}+{n}?", "level": n, "unused": n} for n in range(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["--model_name_or_path", chat_model_dir, "--dataset_name", tmp_path / "rows.jsonl", "--output_dir",
+               tmp_path / "out", "--max_steps", 1, "--reward_funcs", "reward_with_columns:level_reward",
+               "--instruction", "", "--eval_strategy", "steps", "--eval_steps", 1, "--num_eval_problems", 2,
+               "--num_generations_eval", 2, "--per_device_eval_batch_size", 4]  # fmt: skip
+    run(*command)
+    assert any("eval_rewards/level_reward/mean" in entry for entry in log_of(tmp_path / "out"))
+    with pytest.raises(ValueError, match="`solution_column` must name a column"):
+        run(*command, "--report")
+    with pytest.raises(ValueError, match="`solution_column` must name a column"):
+        run(*command, "--reward_funcs", "math_verify_reward")
 
 
 def test_a_run_without_a_reward_for_pass_at_k_reports_it(tmp_path, chat_model_dir, gsm8k, capsys):

@@ -57,8 +57,9 @@ class OPOTrainer(
     4. Runs resume bitwise, survive kills and failing rewards, and every checkpoint that should be pushed is
        ([`~opo_trl.runs.reliable_runs.ReliableRuns`]).
 
-    Since `sum_i l_i A_i = 0` in every group, the logged loss is 0 by construction. Watch `reward`, `grad_norm`,
-    `entropy` and the `opo/` metrics ([`~opo_trl.algorithm.metrics.rollout_metrics`]).
+    With the defaults `sum_i l_i A_i = 0` in every group, so the logged loss is 0 by construction; with another
+    `length_exponent`, `baseline_weight="uncertainty"` or an own baseline its value has no meaning. Watch `reward`,
+    `grad_norm`, `entropy` and the `opo/` metrics ([`~opo_trl.algorithm.metrics.rollout_metrics`]).
 
     Example:
 

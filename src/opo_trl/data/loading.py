@@ -39,6 +39,7 @@ def load_math_dataset(
     instruction: str | None = INSTRUCTION,
     system_prompt: str | None = None,
     keep_columns: Sequence[str] = (),
+    require_solution: bool = True,
 ) -> Dataset:
     r"""
     Load math problems as message prompts with their final answers.
@@ -65,6 +66,9 @@ def load_math_dataset(
             System message put before each problem.
         keep_columns (`Sequence[str]`, *optional*, defaults to `()`):
             Further columns to keep as they are, such as `level`, where the dataset has them.
+        require_solution (`bool`, *optional*, defaults to `True`):
+            Whether each problem must have an answer. `False`, for rewards that need none, keeps problems without one,
+            with `solution` `None`, and loads datasets without a column of answers.
 
     Returns:
         [`~datasets.Dataset`] with `prompt` (a list of messages), `solution` (a string: what follows `####`, or what the
@@ -84,7 +88,7 @@ def load_math_dataset(
     dataset = None if empty_file else _load(name_or_path, split, config)
     if not dataset:
         raise ValueError(f"A dataset to train on needs at least one row; {name_or_path!r} has none in split {split!r}.")
-    problem_of, answer_of = _readers(dataset, name_or_path, prompt_column, solution_column)
+    problem_of, answer_of = _readers(dataset, name_or_path, prompt_column, solution_column, require_solution)
     ids = _ids(dataset)
     kept = [column for column in keep_columns if column in dataset.column_names]
     # Neither problems nor answers are in the other columns, which may hold long generations.
@@ -96,7 +100,7 @@ def load_math_dataset(
     for row_id, row in zip(ids, dataset, strict=True):
         problem, solution = problem_of(row), final_answer(answer_of(row))
         text = " ".join(str(problem).split())
-        if not solution:
+        if require_solution and not solution:
             dropped["without an answer"] += 1
             continue
         if text in seen:
@@ -109,7 +113,8 @@ def load_math_dataset(
             messages = [{"role": "user", "content": f"{problem}\n{instruction}" if instruction else str(problem)}]
         if system_prompt:
             messages = [{"role": "system", "content": system_prompt}, *messages]
-        rows.append({"prompt": messages, "solution": solution, "id": row_id, **{name: row[name] for name in kept}})
+        others = {name: row[name] for name in kept}
+        rows.append({"prompt": messages, "solution": solution or None, "id": row_id, **others})
     counts = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
     if not rows:
         raise ValueError(
@@ -170,7 +175,11 @@ def _load(name_or_path: str, split: str, config: str | None) -> Dataset:
 
 
 def _readers(
-    dataset: Dataset, name_or_path: str, prompt_column: str | None, solution_column: str | None
+    dataset: Dataset,
+    name_or_path: str,
+    prompt_column: str | None,
+    solution_column: str | None,
+    require_solution: bool,
 ) -> tuple[Callable[[dict[str, Any]], Any], Callable[[dict[str, Any]], Any]]:
     """How to read the problem and the answer out of a row."""
     columns = dataset.column_names
@@ -180,6 +189,8 @@ def _readers(
         if is_verl(columns):
             return verl_problem, verl_answer
     prompt = _find_column(columns, name_or_path, "prompt_column", prompt_column, PROMPT_COLUMNS)
+    if not require_solution and solution_column is None and not set(SOLUTION_COLUMNS).intersection(columns):
+        return lambda row: row[prompt], lambda row: None
     solution = _find_column(columns, name_or_path, "solution_column", solution_column, SOLUTION_COLUMNS)
     worked = are_worked(dataset[solution])
 

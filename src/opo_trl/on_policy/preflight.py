@@ -13,8 +13,7 @@ from transformers import AutoProcessor
 from trl import GRPOTrainer, is_conversational
 
 from .reward_parameters import check_reward_parameters, columns_of, named_datasets
-
-# What GRPOTrainer passes to a reward function besides the dataset's columns, and which columns it does not pass.
+from .unknown_tokens import warn_of_unknown_tokens
 
 
 def check_arguments(
@@ -56,6 +55,8 @@ def check_arguments(
     check_model_directory(model)
     processing_class = load_processor(model, args) if processing_class is None else processing_class
     check_tokenizer(train_dataset, processing_class)
+    if args.process_index == 0:
+        warn_of_unknown_tokens(train_dataset, processing_class)
     return processing_class
 
 

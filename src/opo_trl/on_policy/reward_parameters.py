@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -49,6 +49,17 @@ def check_reward_parameters(
                 if args.remove_unused_columns:
                     columns = [column for column in columns if column in _USED_COLUMNS]
                 _check_arguments(_function_name(function), parameters, name, columns)
+
+
+def column_parameters(reward_funcs: Sequence[Any]) -> dict[str, bool]:
+    """Names of the parameters that only a column of the dataset can be passed to, and whether a function needs it."""
+    found: dict[str, bool] = {}
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    for function in reward_funcs:
+        for each in _parameters(function) or []:
+            if each.kind in by_name and each.name not in _PASSED_BY_TRL:
+                found[each.name] = found.get(each.name, False) or each.default is inspect.Parameter.empty
+    return found
 
 
 def _check_arguments(function: str, parameters: list[inspect.Parameter], dataset: str, columns: list[str]) -> None:

@@ -117,8 +117,11 @@ def launch(command: str, arguments: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     try:
+        parsed = parse_launch(command, arguments)
+        if command == "train":
+            _check_names(parsed.training_script_args)
         with _pass_sigterm_on():
-            launch_command(parse_launch(command, arguments))
+            launch_command(parsed)
     except CalledProcessError as error:  # one process, started by accelerate itself
         return _exit_status(error.returncode)
     except ChildFailedError as error:  # several, started by torch, which has logged what each of them raised
@@ -187,6 +190,19 @@ def _split(arguments: list[str], launcher: argparse.ArgumentParser) -> tuple[lis
         if options[name].nargs != 0 and not has_value:
             for_accelerate += [value for value in [next(words, None)] if value is not None]
     return for_accelerate, for_script
+
+
+def _check_names(arguments: list[str]) -> None:
+    """Refuse a script's arguments without problems or a model: the script would after importing the trainer."""
+    from .train_arguments import check_names
+
+    words = {word.partition("=")[0].replace("-", "_") for word in arguments if word.startswith("--")}
+
+    def given(option: str) -> str | None:  # argparse accepts the beginning of an option, too
+        return option if any(f"__{option}".startswith(word) for word in words) else None
+
+    if arguments and not given("config"):
+        check_names(given("dataset_name"), given("model_name_or_path"))
 
 
 def _find_config(name: str) -> str:

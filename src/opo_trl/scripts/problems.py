@@ -22,6 +22,7 @@ def load_problems(
     system_prompt: str | None = None,
     num_arithmetic: int = 512,
     keep_columns: Sequence[str] = (),
+    require_solution: bool = True,
 ) -> Dataset:
     """Load a dataset's problems: columns `prompt`, `solution` and `id`, and those to keep that it has."""
     if name == EMBEDDED_DATASET:
@@ -37,6 +38,7 @@ def load_problems(
         instruction=instruction,
         system_prompt=system_prompt,
         keep_columns=keep_columns,
+        require_solution=require_solution,
     )
 
 

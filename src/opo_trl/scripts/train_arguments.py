@@ -24,6 +24,7 @@ class MathScriptArguments(ScriptArguments):
             Column of the problem; by default the first of `problem`, `question` and `prompt` that exists.
         solution_column (`str`, *optional*):
             Column of the answer; by default the first of `answer` and `solution`. GSM8K's `####` is understood.
+            Needed only if a reward function requires `solution`, or with `--report`.
         instruction (`str`, *optional*):
             Line added to each problem; an empty string adds nothing.
         system_prompt (`str`, *optional*):
@@ -50,7 +51,8 @@ class MathScriptArguments(ScriptArguments):
         reward_funcs (`list[str]`, *optional*):
             Reward functions: `math_verify_reward` (the default) and `boxed_format_reward` of this package;
             `accuracy_reward`, `reasoning_accuracy_reward`, `think_format_reward` and `get_soft_overlong_punishment`
-            (with 1280 and 256 tokens) of TRL; or `module:function` of your own. `--reward_weights` weighs them.
+            (with 1280 and 256 tokens) of TRL; or `module:function` of your own, which gets the columns that it has
+            parameters for. `--reward_weights` weighs them.
         report (`bool`, *optional*, defaults to `False`):
             Measure held-out pass@1 before training and on the checkpoint loaded back, and write summary.json and
             curves.png. One process loads the complete model for it.
@@ -84,6 +86,25 @@ class MathScriptArguments(ScriptArguments):
     )
     report: bool = field(default=False, metadata={"help": "Measure pass@1 before and after; write summary and plot."})
     report_samples: int = field(default=4, metadata={"help": "Completions per held-out problem in these."})
+
+
+def check_names(dataset: str | None, model: str | None) -> None:
+    """
+    Refuse a command line that names no problems, or no model, before anything is read.
+
+    Raises:
+        ValueError: If one of them is `None`.
+    """
+    if dataset is None:
+        raise ValueError(
+            "--dataset_name must name the problems to train on, got nothing. Pass a Hub name or a local file, or run "
+            "without any argument for the quickstart."
+        )
+    if model is None:
+        raise ValueError(
+            "--model_name_or_path must name a causal language model, got nothing. Pass a Hub name, a directory, or "
+            "tiny_policy, which is part of this package, or run without any argument for the quickstart."
+        )
 
 
 def make_parser(**options: str) -> ScriptParser:

@@ -19,9 +19,11 @@ Add `--use_peft` for LoRA, and `--config file.yaml` to read arguments from a fil
 `examples/configs` has recipes for the paper's experiments). With `--push_to_hub`, a Hub that refuses is an error before
 anything loads; a push that fails later costs no file, and the exit status is 1.
 
+`--model_name_or_path tiny_policy` names the tiny policy of the quickstart.
+
 `--reward_funcs` takes other rewards than `math_verify_reward`: this package's, TRL's, or your own as `module:function`,
-summed with `--reward_weights`. `--report` measures pass@1 with math-verify all the same. Every metric is in `log.json`
-of the output directory as soon as it is logged.
+summed with `--reward_weights`. Parameters of a function that are columns of the dataset get these. `--report` measures
+pass@1 with math-verify all the same. Every metric is in `log.json` of the output directory as soon as it is logged.
 
 `--resume_from_checkpoint auto` resumes from the latest complete checkpoint in `--output_dir` if there is one, so that a
 job scheduler can repeat one command; `true` requires one, and a path names one.
@@ -34,7 +36,7 @@ keeps accelerate from adding a traceback of its own.
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -50,6 +52,7 @@ from ..data import drop_by_pass_rate, drop_overlapping, hold_out
 from ..evaluation import pass_rates
 from ..evaluation.records_file import read_records
 from ..on_policy.preflight import check_model_directory, explain_missing_model
+from ..on_policy.reward_parameters import column_parameters
 from ..runs.hub import PushError, claim_repository
 from .devices import describe_choice
 from .policies import model_path
@@ -59,19 +62,24 @@ from .reporting import ConsoleProgress, RunLog, describe, measure, write_summary
 from .resuming import find_checkpoint
 from .reward_functions import check_prompts, check_weights, load_reward_functions, pass_at_k_name
 from .setup_phase import SetupPhase, on_all_ranks
-from .train_arguments import MathScriptArguments, make_parser
+from .train_arguments import MathScriptArguments, check_names, make_parser
 
 QUICKSTART = Path(__file__).with_name("quickstart.yaml")
 
 
-def load_datasets(script_args: MathScriptArguments, seed: int, with_eval: bool) -> tuple[Dataset, Dataset | None]:
-    """Load the problems to train on and, if asked for, the held-out ones: columns `prompt`, `solution` and `id`."""
+def load_datasets(
+    script_args: MathScriptArguments, seed: int, with_eval: bool, reward_funcs: Sequence[Callable[..., Any]]
+) -> tuple[Dataset, Dataset | None]:
+    """
+    Load the problems to train on and, if asked for, the held-out ones.
+
+    Columns are `prompt`, `solution`, `id`, and those of the dataset that a reward function has a parameter for. Without
+    a function that needs `solution`, problems need no answer.
+    """
     name, eval_size = script_args.dataset_name, script_args.num_eval_problems
-    if name is None:
-        raise ValueError(
-            "--dataset_name must name the problems to train on, got nothing. Pass a Hub name or a local file, or run "
-            "without any argument for the quickstart."
-        )
+    assert name is not None
+    parameters = column_parameters(reward_funcs)
+    require_solution = parameters.pop("solution", False) or script_args.report
 
     def load(source: str, split: str, num_arithmetic: int = eval_size) -> Dataset:
         return load_problems(
@@ -83,6 +91,8 @@ def load_datasets(script_args: MathScriptArguments, seed: int, with_eval: bool) 
             instruction=script_args.instruction,
             system_prompt=script_args.system_prompt,
             num_arithmetic=num_arithmetic,
+            keep_columns=[column for column in parameters if column not in ("prompt", "id")],
+            require_solution=require_solution,
         )
 
     test_split = script_args.dataset_test_split
@@ -129,16 +139,12 @@ def load_inputs(
     script_args: MathScriptArguments, training_args: OPOConfig, model_args: ModelConfig
 ) -> tuple[str, PreTrainedTokenizerBase, Dataset, Dataset | None, list[Callable[..., Any]]]:
     """Load problems, tokenizer and rewards, whose faults show before a model loads; the model is only named."""
+    check_names(script_args.dataset_name, model_args.model_name_or_path)
     functions = load_reward_functions(script_args.reward_funcs)
     check_weights(functions, training_args.reward_weights)
     training_args.pass_at_k_reward = pass_at_k_name(training_args.pass_at_k_reward, script_args.reward_funcs, functions)
     with_eval = training_args.eval_strategy != "no" or script_args.report
-    train_dataset, eval_dataset = load_datasets(script_args, training_args.seed, with_eval)
-    if model_args.model_name_or_path is None:
-        raise ValueError(
-            "--model_name_or_path must name a causal language model, got nothing. Pass a Hub name or a directory, or "
-            "run without any argument for the quickstart."
-        )
+    train_dataset, eval_dataset = load_datasets(script_args, training_args.seed, with_eval, functions)
     model_name = model_path(model_args.model_name_or_path)
     tokenizer = load_tokenizer(model_name, model_args.model_revision, training_args.trust_remote_code)
     train_dataset = fit_to_tokenizer(train_dataset, tokenizer)
