@@ -1,7 +1,6 @@
 """A reward or rollout function that raises (issue 14, number 6). On two ranks: test_distributed.py."""
 
 import functools
-import traceback
 
 import pytest
 
@@ -32,8 +31,6 @@ def test_a_failing_reward_is_raised_with_its_name_its_rank_and_its_traceback(tmp
         trainer.train()
     assert "return [1.0 / (len(completions) - 8) for _ in score]" in str(error.value)
     assert isinstance(error.value.__cause__, ZeroDivisionError)
-    printed = "".join(traceback.format_exception(error.value))
-    assert printed.count("return [1.0 / (len(completions) - 8) for _ in score]") == 1
 
 
 @pytest.mark.parametrize("interrupt", [KeyboardInterrupt, SystemExit])

@@ -143,8 +143,7 @@ class FunctionGuard:
                 for what, error in failures[:1]
             ]
         )
-        # The message has the traceback, for the other ranks' logs: this rank would print it twice.
-        raise RewardError("\n\n".join(messages)) from (failures[0][1].with_traceback(None) if failures else None)
+        raise RewardError("\n\n".join(messages)) from (failures[0][1] if failures else None)
 
     def _keep(self, what: str, error: BaseException) -> None:
         if isinstance(error, _NOT_FAILURES) or _is_cancelled_from_outside(error):
