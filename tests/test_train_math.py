@@ -91,6 +91,21 @@ def test_a_checkpoint_is_refused_before_anything_loads(tmp_path, monkeypatch, re
         run("--output_dir", output, "--resume_from_checkpoint", request_.format(output=output))
 
 
+def test_arguments_that_ask_for_checkpoints_need_a_save_strategy(tmp_path, monkeypatch, capsys):
+    """`save_strategy="no"` is that of the quickstart's config file."""
+    monkeypatch.setattr(train_math, "load_inputs", lambda *_: pytest.fail("problems and tokenizer are loaded"))
+    quickstart = ["--config", str(train_math.QUICKSTART), "--output_dir", str(tmp_path)]
+    with pytest.raises(ValueError, match=r"--save_steps 10 needs --save_strategy steps, got save_strategy='no'"):
+        train_math.main([*quickstart, "--save_steps", "10", "--resume_from_checkpoint", "auto"])
+    with pytest.raises(pytest.fail.Exception):
+        train_math.main([*quickstart, "--resume_from_checkpoint", "auto"])
+    assert "Pass --save_strategy steps --save_steps N to save regularly." in capsys.readouterr().out
+    saving = ["--save_strategy", "steps", "--save_steps", "10", "--resume_from_checkpoint", "auto"]
+    with pytest.raises(pytest.fail.Exception):
+        train_math.main([*quickstart, *saving])
+    assert "warning" not in capsys.readouterr().out
+
+
 def test_training_problems_are_filtered(tmp_path, chat_model_dir, gsm8k, capsys):
     """12 problems: 3 overlap with the evaluation set; of the others 2 always pass and 1 was not measured."""
     rows = [json.loads(line) for line in Path(gsm8k).read_text().splitlines()]

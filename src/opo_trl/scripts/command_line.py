@@ -38,6 +38,8 @@ class ScriptParser(TrlParser):
     Attributes:
         chosen (`dict[str, Any]`):
             What `defaults` returned, after parsing.
+        on_command_line (`set[str]`):
+            Names of the arguments on the command line, those of the config file apart, after parsing.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class ScriptParser(TrlParser):
         self._choose = defaults
         self._in_file: set[str] = set()
         self.chosen: dict[str, Any] = {}
+        self.on_command_line: set[str] = set()
 
     def parse_args_and_config(self, args: Iterable[str] | None = None, **options: Any) -> Any:
         """Parse as [`~trl.TrlParser`] does; the config file may also be given as `--config=FILE`."""
@@ -76,7 +79,8 @@ class ScriptParser(TrlParser):
         """Parse as argparse does, with the chosen defaults, and refuse what it does not know."""
         args = sys.argv[1:] if args is None else list(args)
         named = {word.partition("=")[0] for word in args}
-        given = {action.dest for action in self._actions if named.intersection(action.option_strings)} | self._in_file
+        self.on_command_line = {action.dest for action in self._actions if named.intersection(action.option_strings)}
+        given = self.on_command_line | self._in_file
         self.chosen = {name: value for name, value in self._choose(given).items() if name not in given}
         self.set_defaults(**self.chosen)
         parsed, unknown = super().parse_known_args(args, namespace)

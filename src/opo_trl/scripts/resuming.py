@@ -1,13 +1,47 @@
 """What `--resume_from_checkpoint` stands for, decided before the model loads."""
 
+from collections.abc import Set
 from pathlib import Path
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from ..runs.same_rollouts import resumable_checkpoint
 from .setup_phase import on_all_ranks
+
+
+def check_saving(args: TrainingArguments, on_command_line: Set[str]) -> str | None:
+    """
+    Check that a run whose arguments ask for checkpoints writes some.
+
+    Args:
+        args ([`~transformers.TrainingArguments`]):
+            The run's configuration.
+        on_command_line (`Set[str]`):
+            Names of the arguments on the command line. `save_steps` of a config file is not refused, so that
+            `--save_strategy no` turns off the checkpoints of a recipe.
+
+    Returns:
+        `str` or `None`: A warning, or `None` if there is nothing to warn about.
+
+    Raises:
+        ValueError: If `save_steps` is on the command line and `save_strategy` is `"no"`.
+    """
+    if args.save_strategy != SaveStrategy.NO:
+        return None
+    if "save_steps" in on_command_line:
+        raise ValueError(
+            f"--save_steps {args.save_steps:g} needs --save_strategy steps, got save_strategy='no', which saves no "
+            "checkpoint. Add --save_strategy steps, or leave out --save_steps."
+        )
+    if str(args.resume_from_checkpoint).lower() == "auto":
+        return (
+            "warning: --resume_from_checkpoint auto with save_strategy='no': the only checkpoint of this run is the "
+            "one that it saves on SIGTERM. Pass --save_strategy steps --save_steps N to save regularly."
+        )
+    return None
 
 
 def find_checkpoint(args: TrainingArguments, state: PartialState) -> str | None:

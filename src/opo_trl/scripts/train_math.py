@@ -59,7 +59,7 @@ from .policies import model_path
 from .problems import EMBEDDED_DATASET, fit_to_tokenizer, load_problems, parse_dataset
 from .report_run import report_at_end
 from .reporting import ConsoleProgress, RunLog, describe, measure, write_summary
-from .resuming import find_checkpoint
+from .resuming import check_saving, find_checkpoint
 from .reward_functions import check_prompts, check_weights, load_reward_functions, pass_at_k_name
 from .setup_phase import SetupPhase, on_all_ranks
 from .train_arguments import MathScriptArguments, check_names, make_parser
@@ -210,21 +210,22 @@ def make_report(
     return summary
 
 
-def parse(arguments: list[str]) -> tuple[MathScriptArguments, OPOConfig, ModelConfig, str | None]:
-    """Parse the command line; the last result describes what was chosen where there is no accelerator."""
+def parse(arguments: list[str]) -> tuple[MathScriptArguments, OPOConfig, ModelConfig, list[str]]:
+    """Parse the command line; the last result is what to print: the choices without an accelerator, a warning."""
     parser = make_parser()
-    parsed = parser.parse_args_and_config(arguments or ["--config", str(QUICKSTART)])
-    return *parsed, describe_choice(parser.chosen)
+    script_args, training_args, model_args = parser.parse_args_and_config(arguments or ["--config", str(QUICKSTART)])
+    notes = describe_choice(parser.chosen), check_saving(training_args, parser.on_command_line)
+    return script_args, training_args, model_args, [note for note in notes if note is not None]
 
 
 def main(arguments: list[str] | None = None, setup: SetupPhase | None = None) -> dict[str, Any] | None:
     start = time.perf_counter()
     setup = setup or SetupPhase()
-    script_args, training_args, model_args, choice = parse(sys.argv[1:] if arguments is None else arguments)
+    script_args, training_args, model_args, notes = parse(sys.argv[1:] if arguments is None else arguments)
     disable_progress_bars()
     state = PartialState()
-    if choice is not None:
-        state.print(choice)
+    for note in notes:
+        state.print(note)
     checkpoint = find_checkpoint(training_args, state)
     claim_repository(training_args)  # the trainer does so, too, but after the measurement of a report
 
