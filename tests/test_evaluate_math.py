@@ -113,6 +113,7 @@ def test_categories(tmp_path, chat_model_dir, math_file):
         assert sum(parts) / 12 == pytest.approx(summary["models"][name]["math"][metric]["mean"])
     table = (tmp_path / "out" / "table.md").read_text()
     assert f"pass@1 (%) by level:\n\n| level | problems | {name} |" in table
+    assert "12 problems, 2 samples each; temperature 0.6, top-p 1, max_new_tokens 4. 95 % intervals" in table
     assert "by subject" not in table
 
     again = run(*arguments, "--category_columns", "subject", "topic")  # of the same records

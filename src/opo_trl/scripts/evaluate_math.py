@@ -402,6 +402,7 @@ def load_inputs(
     if reason is not None:
         state.print(reason)
     args.max_new_tokens = limit
+    state.print(f"temperature={args.temperature:g}, top-p 1, max_new_tokens={limit}, num_samples={args.num_samples}")
     base = None
     if args.base_model is not None:
         (base_checkpoint,) = find_checkpoints(args.base_model, last=0)

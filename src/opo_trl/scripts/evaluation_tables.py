@@ -71,8 +71,11 @@ def examples_without_answer(records: Sequence[Record]) -> list[dict[str, Any]]:
 def tables(summary: dict[str, Any], reference: str) -> str:
     """Warnings, and for each dataset a table of values, one of differences, and one for each column of categories."""
     lines = [line for warning in summary["warnings"] for line in (f"**Warning:** {warning}", "")]
-    for task, size in summary["problems"].items():
-        lines += [f"## {task}", "", f"{size} problems; 95 % intervals over problems.", ""]
+    arguments = summary["arguments"]
+    sampling = f"temperature {arguments['temperature']:g}, top-p 1, max_new_tokens {arguments['max_new_tokens']}"
+    for (task, size), samples in zip(summary["problems"].items(), arguments["num_samples"], strict=True):
+        lines += [f"## {task}", "", f"{size} problems, {samples} samples each; {sampling}. 95 % intervals over problems."]
+        lines += [""]
         lines += _table({method: tasks[task] for method, tasks in summary["models"].items()})
         differences = summary[f"difference_to_{reference}"]
         if differences:
