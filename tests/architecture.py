@@ -1,7 +1,7 @@
 """
-The package's architecture: what each part may import, and the table and the tree that README and docs show of it.
+The package's architecture: what each part may import, and the tables and the tree that README and docs show of it.
 
-    python tests/architecture.py    # writes both
+    python tests/architecture.py    # writes them
 
 `tests/test_architecture.py` holds the code to `LAYERS`, and the pages to what is written here.
 """
@@ -71,12 +71,23 @@ def _code(part: str) -> str:
 def tree() -> str:
     """Folders and files of the package, each with the first sentence of its docstring."""
     lines = ["    src/opo_trl/"]
-    for folder in [part for part in LAYERS if (PACKAGE / part).is_dir()]:
-        names = sorted(path.stem for path in (PACKAGE / folder).glob("*.py") if path.stem != "__init__")
+    for folder in folders():
         lines += [f"      {folder + '/':13} {first_sentence(PACKAGE / folder / '__init__.py')}"]
-        lines += [f"                      {', '.join(names[i : i + 5])}" for i in range(0, len(names), 5)]
     for file in [part for part in LAYERS if (PACKAGE / f"{part}.py").is_file() and part != "__init__"]:
         lines += [f"      {file + '.py':13} {first_sentence(PACKAGE / f'{file}.py')}"]
+    return "\n".join(lines)
+
+
+def folders() -> list[str]:
+    return [part for part in LAYERS if (PACKAGE / part).is_dir()]
+
+
+def modules() -> str:
+    """The modules of each folder."""
+    lines = ["| folder | modules |", "|---|---|"]
+    for folder in folders():
+        names = sorted(path.stem for path in (PACKAGE / folder).glob("*.py") if path.stem != "__init__")
+        lines.append(f"| {_code(folder)} | {', '.join(f'`{name}`' for name in names)} |")
     return "\n".join(lines)
 
 
@@ -92,8 +103,9 @@ def replaced(text: str, pattern: str, drawn: str) -> str:
 
 def pages() -> dict[Path, str]:
     """What README and the design page should hold."""
+    design = replaced(TABLE.read_text(), r"\| part \| imports \|\n.*?(?=\n\n)", table())
     return {
-        TABLE: replaced(TABLE.read_text(), r"\| part \| imports \|\n.*?(?=\n\n)", table()),
+        TABLE: replaced(design, r"\| folder \| modules \|\n.*?(?=\n\n)", modules()),
         TREE: replaced(TREE.read_text(), r"    src/opo_trl/\n.*?(?=\n    examples/)", tree()),
     }
 

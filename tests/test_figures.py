@@ -71,15 +71,24 @@ def test_the_updates_headlines():
 
 
 def test_a_ratio_is_the_same_number_on_every_page():
-    """`5.5x` means the update against TRL's; pages but streaming's have only the ratios of README's table."""
+    """`5.5x` means the update against TRL's; pages but streaming's have only the ratios of README's table and top."""
     ratios = re.compile(r"\b\d+\.\d+x\b")
     claims = {
         ratio for row in the_table(README, "half of the groups uninformative") for ratio in ratios.findall(str(row))
     }
     assert len(claims) > 4
+    claims |= set(other_lengths())
     for path in PAGES:
         if path.stem not in ("update", "streaming"):
             assert set(ratios.findall(path.read_text())) <= claims, path.name
+
+
+def other_lengths():
+    """Speed-up on the tiny policy's lengths, half of the groups uninformative and none, and on equal lengths, none."""
+    speedups = {key(case): case["speedup"] for case in results("update_phase")["cases"]}
+    speedups |= {key(case): case["speedup"] for case in results("update_phase-quick")["cases"]}
+    cases = ("tiny_policy/uninformative=0.5", "tiny_policy/uninformative=0", "constant/uninformative=0")
+    return [f"{speedups[f'{case}/micro-batch=8']:.1f}x" for case in cases]
 
 
 def test_home_repeats_readme():
@@ -94,6 +103,9 @@ def test_home_repeats_readme():
     half, none, _ = results("update_phase-quick")["cases"]
     assert f"{half['speedup']:.1f}x faster where half of the groups are uninformative" in README.replace("\n", " ")
     assert f"{none['speedup']:.1f}x with none" in README.replace("\n", " ")
+    tiny_half, tiny_none, equal = other_lengths()
+    sentence = f"it is {tiny_half} and {tiny_none}, and for equal lengths without an uninformative group {equal}."
+    assert sentence in README.replace("\n", " ")
     assert README.split("```python")[1].split("```")[0] == home.split("```python")[1].split("```")[0]
     assert [plain(text, "`OPOConfig(output_dir=...)`", "has both recipes") for text in (README, home)] == 2 * [
         plain(README, "`OPOConfig(output_dir=...)`", "has both recipes")
@@ -287,14 +299,25 @@ def test_the_variance():
     text = page("variance")
     for name, table in variance_tables(measured).items():
         assert table in text, name
-    ratios = {
-        size: found["OPO"]["over_group_mean"]["value"] for size, found in measured["fresh"]["group_sizes"].items()
-    }
-    assert f"{min(ratios.values()):.1f} to {max(ratios.values()):.1f} times the plain mean's" in text
-    readme = " ".join(README.split())
-    uncertainty = measured["trained"]["group_sizes"]["8"]["uncertainty"]["over_group_mean"]["value"]
-    assert f"{ratios['8']:.1f} times the plain mean's" in readme
-    assert f"{uncertainty:.1f} times" in readme
+    text, readme = " ".join(text.split()), " ".join(README.split())
+    sizes = measured["fresh"]["group_sizes"].values()
+    ratios = [found["OPO"]["over_group_mean_at_equal_scale"]["value"] for found in sizes]
+    assert f"at equal scale is {min(ratios):.1f} to {max(ratios):.1f} times the plain mean's" in text
+
+    def at_equal_scale(baseline):
+        policies = [measured[policy]["group_sizes"]["8"][baseline] for policy in ("fresh", "half-trained", "trained")]
+        return [found["over_group_mean_at_equal_scale"]["value"] for found in policies]
+
+    none = at_equal_scale("none")
+    assert f"at all has {min(none):.2f} to {max(none):.2f} times the mean's variance (K = 8)" in text
+    for baseline, sentence in {
+        "OPO": "is {:.2f} times the plain mean's on the policy before training, because there the short completions "
+        "have the large gradients, and equal to the mean's ({:.2f} times)",
+        "uncertainty": "it is {:.2f} and {:.2f} times the mean's",
+        "none": "No baseline at all has {:.2f} and {:.2f} times the mean's variance",
+    }.items():
+        fresh, _, trained = at_equal_scale(baseline)
+        assert sentence.format(fresh, trained) in readme
 
 
 def test_the_long_chains():
@@ -322,9 +345,15 @@ def test_opo_against_grpo():
     text = page("opo_vs_grpo")
     for name, table in opo_tables(measured).items():
         assert table in text, name
-    readme = the_table(README, "variant")
-    for cell, found in zip(readme[0][1:], measured["variants"].values(), strict=True):
+    rates, scores = the_table(README, "variant")
+    for rate, cell, found in zip(rates[1:], scores[1:], measured["variants"].values(), strict=True):
+        assert float(rate) == found["learning_rate"]
         assert cell == interval(found["over_seeds"]["pass@1"], 100, 1)
+    sentences = {"3e-05": "level with OPO at 3e-5 ({})", "0.0001": "ahead of it at 1e-4 ({})"}
+    for rate, sentence in sentences.items():
+        difference = measured["baselines_at_equal_rates"][rate]["opo_mean"]["difference_to_opo"]["pass@1"]
+        mean, low, high = (f"{100 * difference[name]:+.1f}" for name in ("mean", "low", "high"))
+        assert sentence.format(f"{mean} points, {low} to {high}") in " ".join(README.split())
 
 
 def test_the_simulated_steps():
