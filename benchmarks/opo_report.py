@@ -99,7 +99,8 @@ def plot(variants: dict[str, Any], path: Path) -> None:
     with figures.figure(path, height=6.6) as drawn:
         above, below = drawn.subfigures(2, 1)
         curves, forests = above.subplots(1, 3), below.subplots(1, 4, sharey=True)
-        for variant, found in variants.items():
+        selected = [found["learning_rate"] for found in variants.values()]
+        for number, (variant, found) in enumerate(variants.items()):
             for axis, name in zip(curves, ("reward", "length"), strict=False):
                 scale = 100 if name in PERCENT else 1
                 smooth = scale * torch.tensor(found["curves"][name]).unfold(0, 10, 1).mean(dim=1)
@@ -107,7 +108,12 @@ def plot(variants: dict[str, Any], path: Path) -> None:
             rates = [float(rate) for rate in found["sweep"]]
             scores = [100 * statistics.fmean(each) for each in found["sweep"].values()]
             curves[2].plot(rates, scores, color=colors[variant], marker="o", ms=3)
-            curves[2].plot(found["learning_rate"], max(scores), color=colors[variant], marker="*", ms=11)
+            rate = found["learning_rate"]
+            place = selected[:number].count(rate) - (selected.count(rate) - 1) / 2
+            star = {"marker": "*", "ms": 11, "mec": "white", "mew": 0.6, "zorder": 4}
+            curves[2].plot(
+                1.25**place * rate, max(scores), color=colors[variant], **star
+            )  # stars would hide each other
         curves[0].set(title="training reward (%)", xlabel="rollout batch")
         curves[1].set(title="length in training (tokens)", xlabel="rollout batch")
         curves[2].set(title="validation pass@1 (%)", xlabel="learning rate", xscale="log")
