@@ -7,7 +7,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
 from hub_stand_in import errors_of_card
-from opo_trl.runs.model_card import is_hub_name, last_metrics
+from opo_trl.runs.model_card import CHAT_QUESTION, is_hub_name, last_metrics
 from test_resume import PROMPTS, lora_model, sampling_trainer
 from tiny import scripted_trainer, tiny_model
 
@@ -57,6 +57,14 @@ def test_a_card_says_what_was_trained_how_and_what_came_out(tmp_path, chat_model
     assert f"| held-out reward, step 2 | {reward:.4g} |" in text
     assert "- OPO-TRL: " in text
     assert text.index("### Method") < text.index("### Results") < text.index("### Framework versions")
+
+
+def test_the_example_of_a_card_passes_text_where_there_is_no_chat_template(tmp_path, chat_model_dir):
+    trainer = scripted_trainer(tmp_path)
+    trainer.processing_class.chat_template = None
+    assert "output = generator(question, max_new_tokens" in card_of(trainer).text
+    trainer.processing_class.chat_template = "{{ messages }}"
+    assert f"output = generator({CHAT_QUESTION}, max_new_tokens" in card_of(trainer).text
 
 
 def test_an_adapter_has_a_card_too(tmp_path):

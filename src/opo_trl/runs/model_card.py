@@ -14,6 +14,7 @@ from transformers.training_args import OptimizerNames
 # What TRL 1.16 writes where it has nothing to say, and where our sections go.
 NO_BASE_MODEL = "[None](https://huggingface.co/None)"
 NO_REPOSITORY = 'model="None"'
+CHAT_QUESTION = '[{"role": "user", "content": question}]'
 VERSIONS = "### Framework versions\n\n"
 
 # Metric in the trainer's log -> what the card calls it.
@@ -42,6 +43,7 @@ def complete_model_card(
     settings: Mapping[str, Any],
     base_model: str,
     reward_names: Sequence[str],
+    has_chat_template: bool = True,
     num_problems: int | None = None,
     dataset_name: str | None = None,
 ) -> None:
@@ -63,6 +65,8 @@ def complete_model_card(
             Name or path of the model that training started from; may be empty.
         reward_names (`Sequence[str]`):
             Names of the reward functions.
+        has_chat_template (`bool`, *optional*, defaults to `True`):
+            Whether the tokenizer has a chat template; without one, the card's example passes text, not messages.
         num_problems (`int`, *optional*):
             Number of training problems.
         dataset_name (`str`, *optional*):
@@ -73,6 +77,8 @@ def complete_model_card(
     card.data["tags"] = sorted({*card.data.get("tags", []), "reinforcement-learning"})
 
     body = card.text.replace(NO_REPOSITORY, f'model="{path.absolute().parent.name}"')
+    if not has_chat_template:
+        body = body.replace(CHAT_QUESTION, "question")
     if not is_hub_name(base_model):
         card.data.pop("base_model", None)
         local = f"the local model `{Path(base_model).name}`" if base_model else "a model without a published name"

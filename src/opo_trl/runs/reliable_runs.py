@@ -459,6 +459,7 @@ class ReliableRuns(GRPOTrainer):
             settings=settings,
             base_model=self.model.config.name_or_path,
             reward_names=self.reward_func_names,
+            has_chat_template=getattr(self.processing_class, "chat_template", None) is not None,
             num_problems=len(self.train_dataset) if isinstance(self.train_dataset, Sized) else None,
             dataset_name=dataset_name,
         )
