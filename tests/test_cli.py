@@ -39,6 +39,23 @@ def test_the_command_is_installed_with_the_package():
     assert EntryPoint(*entry, group="console_scripts").load() is cli.main
 
 
+def test_accelerate_has_no_default_to_warn_about_on_a_cpu(monkeypatch, tmp_path, caplog):
+    from accelerate.commands import launch
+    from accelerate.commands.config import config_args
+
+    for module in (launch, config_args):
+        monkeypatch.setattr(module, "default_config_file", str(tmp_path / "none.yaml"))
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    filled = launch._validate_launch_command(cli.with_defaults(cli.parse_launch("train", [])))[0]
+    assert "had defaults used instead" not in caplog.text
+    accelerates = launch._validate_launch_command(cli.parse_launch("train", []))[0]
+    assert vars(filled) == vars(accelerates)
+    given = cli.with_defaults(cli.parse_launch("train", ["--num_processes", "2", "--mixed_precision", "bf16"]))
+    assert (given.num_processes, given.mixed_precision) == (2, "bf16")
+    configured = cli.with_defaults(cli.parse_launch("train", ["--accelerate_config", "zero3"]))
+    assert configured.num_processes is None
+
+
 def test_help_and_version_load_no_module_that_takes_seconds():
     printed = run(
         "import sys\n"

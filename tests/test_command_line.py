@@ -7,6 +7,7 @@ from trl import ModelConfig
 from opo_trl import OPOConfig
 from opo_trl.scripts import devices, evaluate_math, train_math
 from opo_trl.scripts.command_line import ScriptParser
+from opo_trl.scripts.train_arguments import make_parser
 
 COMMON = ["--output_dir", "x", "--report_to", "none"]
 
@@ -75,8 +76,8 @@ def test_without_an_accelerator_training_is_on_the_cpu_in_float32():
     config, chosen = parse()
     assert (config.use_cpu, config.bf16, config.gradient_checkpointing) == (True, False, False)
     assert devices.describe_choice(chosen) == (
-        "No accelerator found: using use_cpu=True, bf16=False, gradient_checkpointing=False. Pass these arguments to "
-        "override."
+        "No accelerator found: using use_cpu=True, bf16=False, gradient_checkpointing=False. To override: "
+        "--use_cpu, --bf16, --gradient_checkpointing."
     )
 
 
@@ -118,6 +119,12 @@ def test_an_engine_is_not_replaced_by_plain_data_parallelism(monkeypatch, engine
 def test_the_configuration_itself_keeps_the_behaviour_of_transformers():
     with pytest.raises(ValueError, match="bf16"):
         OPOConfig("x", report_to="none")
+
+
+def test_a_negative_option_has_its_own_help():
+    helps = {action.option_strings[0]: action.help for action in make_parser()._actions}
+    assert helps["--no_skip_uninformative"] == "Sets --skip_uninformative to false."
+    assert "same gradient in less time" in helps["--skip_uninformative"]
 
 
 def test_evaluation_without_an_accelerator_is_in_float32():

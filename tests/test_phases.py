@@ -132,7 +132,11 @@ def test_the_phases_of_a_step_add_up_to_it(tmp_path):
 
 
 def test_the_console_shows_them():
-    logs = {"reward": 0.5, **dict(zip(TIMES, (1.25, 0.125, 0.0, 2.5), strict=True)), "tokens_per_second/generated": 96}
+    logs = {
+        "reward": 0.5,
+        **dict(zip(TIMES, (1.25, 0.125, 0.0, 2.5), strict=True)),
+        "tokens_per_second/generated": 2957.6,
+    }
     state = SimpleNamespace(is_world_process_zero=True, global_step=1, max_steps=2)
     console = ConsoleProgress()
     with redirect_stdout(io.StringIO()) as printed:
@@ -140,4 +144,4 @@ def test_the_console_shows_them():
         console.on_log(None, state, None, logs)
     heading, line = printed.getvalue().splitlines()
     assert heading.split()[-2:] == ["generate/score/sync/update", "tok/s"]
-    assert line.split()[-2:] == ["1.2/0.12/0/2.5s", "96"]
+    assert line.split()[-2:] == ["1.2/0.12/0/2.5s", "2958"]

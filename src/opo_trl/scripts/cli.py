@@ -121,7 +121,7 @@ def launch(command: str, arguments: list[str]) -> int:
         if command == "train":
             _check_names(parsed.training_script_args)
         with _pass_sigterm_on():
-            launch_command(parsed)
+            launch_command(with_defaults(parsed))
     except CalledProcessError as error:  # one process, started by accelerate itself
         return _exit_status(error.returncode)
     except ChildFailedError as error:  # several, started by torch, which has logged what each of them raised
@@ -167,6 +167,26 @@ def parse_launch(command: str, arguments: list[str]) -> argparse.Namespace:
         if parsed.config_file is not None:
             raise ValueError("Only one of --accelerate_config and --config_file may be given. Leave one out.")
         parsed.config_file = _find_config(parsed.accelerate_config)
+    return parsed
+
+
+def with_defaults(parsed: argparse.Namespace) -> argparse.Namespace:
+    """
+    Set what `accelerate launch` would set itself without a config file, with a warning for each value.
+
+    The number of processes stays accelerate's where there is an accelerator: it reports how many it uses.
+    """
+    import torch
+    from accelerate.commands.config.config_args import default_config_file
+
+    if parsed.config_file is not None or os.path.isfile(default_config_file):
+        return parsed
+    defaults = {"num_machines": 1, "mixed_precision": "no", "dynamo_backend": "no"}
+    if not torch.accelerator.is_available():
+        defaults["num_processes"] = 0  # as accelerate counts GPUs: one process, on the CPU
+    for name, value in defaults.items():
+        if getattr(parsed, name) is None:
+            setattr(parsed, name, value)
     return parsed
 
 

@@ -49,6 +49,9 @@ class ScriptParser(TrlParser):
         **options: Any,
     ) -> None:
         super().__init__(dataclass_types, allow_abbrev=False, **options)
+        for action in self._actions:  # of `--no_x`, whose help is that of `--x` otherwise
+            if action.const is False and action.option_strings[0].startswith("--no_"):
+                action.help = f"Sets --{action.dest} to false."
         self._choose = defaults
         self._in_file: set[str] = set()
         self.chosen: dict[str, Any] = {}

@@ -50,4 +50,5 @@ def evaluation_defaults(given: Set[str]) -> dict[str, Any]:
 def describe_choice(chosen: dict[str, Any]) -> str | None:
     """One line about the arguments chosen, or `None` if there are none."""
     settings = ", ".join(f"{name}={value}" for name, value in chosen.items())
-    return f"{why_on_cpu()}: using {settings}. Pass these arguments to override." if chosen else None
+    arguments = ", ".join(f"--{name}" for name in chosen)
+    return f"{why_on_cpu()}: using {settings}. To override: {arguments}." if chosen else None

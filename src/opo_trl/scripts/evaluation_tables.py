@@ -74,7 +74,11 @@ def tables(summary: dict[str, Any], reference: str) -> str:
     arguments = summary["arguments"]
     sampling = f"temperature {arguments['temperature']:g}, top-p 1, max_new_tokens {arguments['max_new_tokens']}"
     for (task, size), samples in zip(summary["problems"].items(), arguments["num_samples"], strict=True):
-        lines += [f"## {task}", "", f"{size} problems, {samples} samples each; {sampling}. 95 % intervals over problems."]
+        lines += [
+            f"## {task}",
+            "",
+            f"{size} problems, {samples} samples each; {sampling}. 95 % intervals over problems.",
+        ]
         lines += [""]
         lines += _table({method: tasks[task] for method, tasks in summary["models"].items()})
         differences = summary[f"difference_to_{reference}"]

@@ -1,6 +1,7 @@
 """What a person wants to see of a run: a line per logging step, pass@1 before and after, the curves."""
 
 import json
+import math
 import os
 import subprocess
 import time
@@ -37,7 +38,7 @@ class ConsoleProgress(TrainerCallback):
         if state.is_world_process_zero:
             headings = "".join(f"{name:>12}" for name in COLUMNS.values())
             phases = "/".join(name.removeprefix("time/").removesuffix("_weights") for name in PHASES)
-            print(f"{'step':>11}  {headings}{'left':>8}{phases:>29}{'tok/s':>8}", flush=True)
+            print(f"{'step':>11}  {headings}{'left':>8}{phases:>29}{'tok/s':>10}", flush=True)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or logs is None:
@@ -47,9 +48,9 @@ class ConsoleProgress(TrainerCallback):
             left = (time.perf_counter() - self.start) / max(done, 1) * (state.max_steps - state.global_step)
             values = "".join(f"{_number(logs.get(name)):>12}" for name in COLUMNS)
             phases = "/".join(_number(logs.get(name), 2) for name in PHASES) + "s"
-            rate = _number(logs.get("tokens_per_second/generated"), 3)
+            rate = f"{logs.get('tokens_per_second/generated', math.nan):.0f}"
             print(
-                f"{state.global_step:5d}/{state.max_steps:<5d}  {values}{left:7.0f}s{phases:>29}{rate:>8}", flush=True
+                f"{state.global_step:5d}/{state.max_steps:<5d}  {values}{left:7.0f}s{phases:>29}{rate:>10}", flush=True
             )
         elif "eval_reward" in logs:
             print(
