@@ -246,6 +246,7 @@ def test_every_field_is_documented_and_overrides_keep_the_parents_names():
     assert new == {
         "baseline_weight",
         "length_exponent",
+        "log_token_logps",
         "max_refill_rounds",
         "pass_at_k_reward",
         "prompt_sampling",

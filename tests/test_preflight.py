@@ -250,7 +250,7 @@ def test_prompts_that_the_tokenizer_cannot_read_are_warned_about(prompt, message
 def test_the_trainer_warns_before_it_trains(tmp_path, caplog):
     trainer(tmp_path)
     assert "unknown token" not in caplog.text
-    trainer(tmp_path, train_dataset=PROBLEMS.map(lambda row: {"prompt": "% & !"}))
+    trainer(tmp_path, train_dataset=PROBLEMS.map(lambda row: {"prompt": "é ñ ü"}))
     assert "unknown token '<unk>'" in caplog.text
 
 
