@@ -69,7 +69,7 @@ def test_all_hostile_inputs_off_the_main_thread():
 
 def test_a_flood_ends_with_the_batch():
     """A batch full of towers takes as long as its limit, not two seconds for each; the rest is ungraded, not wrong."""
-    reward = get_math_verify_reward(workers=1, batch_limit=2.0, name="flood")
+    reward = get_math_verify_reward(workers=1, batch_limit=5.0, name="flood")
     reward(completions=["\\boxed{\\sqrt{4}}"], solution=["2"])
     verdicts = {}
     start = time.monotonic()
@@ -78,7 +78,7 @@ def test_a_flood_ends_with_the_batch():
         solution=["7"] * 21,
         log_extra=verdicts.__setitem__,
     )
-    assert time.monotonic() - start < 6.0
+    assert time.monotonic() - start < 10.0
     assert rewards[:2] == [1.0, 0.0]
     assert verdicts["flood/verdict"][-1] == "not graded"
     assert rewards[-1] is None
