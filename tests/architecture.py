@@ -20,7 +20,7 @@ LAYERS: dict[str, set[str]] = {
     "update": set(),
     "rollouts": {"algorithm"},
     "runs": set(),
-    "report": {"algorithm"},
+    "report": {"algorithm", "runs"},
     "rewards": set(),
     "data": {"rewards"},
     "evaluation": set(),

@@ -1,15 +1,13 @@
 """Leaves the settings of a run where its report finds them, readable without unpickling `training_args.bin`."""
 
 import json
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
+from ..runs.tracking import versions
 from .run_files import SETTINGS
-
-PACKAGES = ("opo-trl", "trl", "transformers", "torch")
 
 
 class RunSettings(TrainerCallback):
@@ -28,17 +26,8 @@ class RunSettings(TrainerCallback):
         if not state.is_world_process_zero:
             return
         settings = {name: value for name, value in args.to_dict().items() if not name.endswith("_token")}
-        content = {**self.run, "versions": _versions(), "args": settings}
+        packages = versions("opo-trl", "trl", "transformers", "torch")
+        content = {**self.run, "versions": packages, "args": settings}
         path = Path(args.output_dir, SETTINGS)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content, indent=2, default=str) + "\n")
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # imported from a checkout
-            continue
-    return found

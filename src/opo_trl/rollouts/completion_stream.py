@@ -31,7 +31,7 @@ class CompletionStream:
         patience (`float`):
             Seconds without an answer to `/health` after which the server is given up.
         parse (`Callable`):
-            Makes of a request's number and its answer's JSON what [`take`] returns; called in the thread.
+            Maps a request's number and the JSON of its answer to what [`take`] returns; called in the thread.
     """
 
     def __init__(self, base_url: str, patience: float, parse: Callable[[int, dict[str, Any]], Any]) -> None:

@@ -1,9 +1,10 @@
 """Weights & Biases: a resumed run continues the run of its checkpoint, and each run's config has what it trains."""
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -74,5 +75,9 @@ def _continue(run: dict[str, str], name: str | None) -> None:
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Return the installed version of each package."""
-    return {package: version(package) for package in packages}
+    """Return the version of each package that is installed; one imported from a checkout may not be."""
+    found = {}
+    for package in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
