@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 VOCABULARY = 256  # words of the tokenizer; a model may have more
@@ -41,8 +41,9 @@ def random_model(size: str, longest: int, **config: Any) -> LlamaForCausalLM | Q
     return Qwen2ForCausalLM(Qwen2Config(**{**settings, **TOKENS, **config}))
 
 
-def word_tokenizer(pad_token: str = "t0") -> PreTrainedTokenizerFast:
+def word_tokenizer(pad_token: str = "t0", words: int = VOCABULARY) -> PreTrainedTokenizerFast:
     """A tokenizer of the words t0, t1 and so on; t1 ends a text."""
-    tokenizer = Tokenizer(models.WordLevel({f"t{i}": i for i in range(VOCABULARY)}, unk_token="t2"))
+    tokenizer = Tokenizer(models.WordLevel({f"t{i}": i for i in range(words)}, unk_token="t2"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=pad_token, eos_token="t1", padding_side="left")
+    pad, end = (AddedToken(word, single_word=True, special=True) for word in (pad_token, "t1"))  # t1 is no part of t12
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=pad, eos_token=end, padding_side="left")
