@@ -30,6 +30,7 @@ VLLM_READY := $(VLLM_VENV)/.ready
 BUILD_VENV := .venv-build
 TRL ?= newest-trl
 # Each worker runs complete files, so that what a file's tests share is made once; one thread each, as cores are shared.
+# Of the slow tests only those of a group share something.
 WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 UNIT := baselines loss metrics config microbatches step_statistics sampler requested_checkpoint evaluation architecture release \
@@ -51,7 +52,7 @@ test: $(READY)
 	$(PYTEST) -m "not slow"
 
 test-slow: $(ENGINES_READY)
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) --dist loadgroup -m slow
 
 test-vllm: $(VLLM_READY)
 	$(VLLM_VENV)/bin/python -m pytest tests/test_vllm.py tests/test_vllm_server.py

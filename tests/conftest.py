@@ -34,7 +34,18 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 from tiny import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
 
 # Files that take long, the longest first: with several workers, none may be left with one of them at the end.
-LONGEST = ("distributed", "hub", "cli", "reward_pool", "docs", "tracking", "evaluate_math", "train_math", "checkpoints")
+LONGEST = (
+    "engines",
+    "distributed",
+    "hub",
+    "cli",
+    "reward_pool",
+    "docs",
+    "tracking",
+    "evaluate_math",
+    "train_math",
+    "checkpoints",
+)
 
 
 def pytest_collection_finish():

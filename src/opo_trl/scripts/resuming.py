@@ -46,7 +46,7 @@ def check_saving(args: TrainingArguments, on_command_line: Set[str]) -> str | No
 
 def find_checkpoint(args: TrainingArguments, state: PartialState) -> str | None:
     """
-    Find the checkpoint to resume from, the same on all ranks, and print what was found.
+    Find the checkpoint to resume from, the same on all ranks, and print which one it is.
 
     Args:
         args ([`~transformers.TrainingArguments`]):
@@ -67,8 +67,7 @@ def find_checkpoint(args: TrainingArguments, state: PartialState) -> str | None:
         return resumable_checkpoint(args, request) if state.is_main_process else None
 
     checkpoint = broadcast_object_list([on_all_ranks(state, look)])[0]  # the main process decides
-    if checkpoint is not None:
-        state.print(f"resuming from {checkpoint}")
-    elif str(request).lower() == "auto":
-        state.print(f"no complete checkpoint in {args.output_dir}: starting from the beginning")
-    return None if checkpoint is None else str(checkpoint)
+    if checkpoint is None:
+        return None  # where "auto" has found none, `resumable_checkpoint` has warned of it
+    state.print(f"resuming from {checkpoint}")
+    return str(checkpoint)
