@@ -52,7 +52,7 @@ class Section(NamedTuple):
 
 def arrange(metrics: Mapping[str, Series]) -> list[Section]:
     """
-    Arrange metrics in charts, a held-out one with the same of training. One that never changes is in no chart.
+    Arrange metrics in charts, a held-out metric with the training metric. A metric that never changes is in no chart.
 
     Args:
         metrics (`Mapping[str, Series]`):
@@ -80,7 +80,7 @@ def arrange(metrics: Mapping[str, Series]) -> list[Section]:
 
 
 def absent(metrics: Mapping[str, Series]) -> list[str]:
-    """Metrics of every trainer that are looked at first and that this run has no value of."""
+    """Metrics to look at first that every trainer logs and that this run has no value of."""
     own = [name for name in FIRST if not name.startswith("opo/")]
     return [name for name in own if metrics and name not in metrics]
 

@@ -27,8 +27,8 @@ def completion_columns(rollout: Rollout, split: str) -> dict[str, list[Any]]:
 
         - `opo/reward`: weighted sum over the reward functions; None where no function returned a number.
         - `opo/length`: number of trainable tokens.
-        - `opo/baseline`: b*, so that the advantage is `opo/reward - opo/baseline`; None where a completion takes no
-          part. The mean over tokens where these have a baseline of their own.
+        - `opo/baseline`: b*, so that the advantage is `opo/reward - opo/baseline`; None where a completion is left
+          out of the baseline. With a baseline for each token, the mean over tokens.
         - `opo/group`: position of the group in the rollout batch.
         - `opo/split`: `split`.
     """

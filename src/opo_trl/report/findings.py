@@ -147,7 +147,7 @@ def find(evidence: Evidence) -> list[Finding]:
 
 
 def evaluate(evidence: Evidence) -> list[tuple[str, str]]:
-    """Tell for each rule whether it has found something: its text, and the result."""
+    """Return the text of each rule, and whether it has found something."""
 
     def result(rule: Rule) -> str:
         if rule.find(evidence) is not None:
@@ -214,7 +214,7 @@ def _none_positive(evidence: Evidence) -> Finding | None:
         f"No reward above 0 in {'any group' if share == 1 else f'{_percent(share)} of the groups'}",
         f"In {sum(group.none_positive() for group in groups)} of the {len(groups)} training groups in this report no "
         "completion has a reward above 0.",
-        "Check the reward function on a right completion. If it is right, train on easier problems.",
+        "Check the reward function on a right completion. If the function is correct, train on easier problems.",
         "none_positive",
         share >= EXPLAINS,
     )
@@ -269,7 +269,7 @@ def _length_changes(evidence: Evidence) -> Finding | None:
     return Finding(
         f"Completions get {'longer' if change[1] > change[0] else 'shorter'}",
         f"From {change[0]:.1f} tokens in the first quarter of the logged steps to {change[1]:.1f} in the last.",
-        "Read completions of early and late steps below, and compare with the reward.",
+        "Read completions of early and late steps below, and compare their lengths with their rewards.",
     )
 
 
@@ -292,7 +292,7 @@ def _gradient_jumps(evidence: Evidence) -> Finding | None:
     worst = norms.index(max(norms))
     return Finding(
         "The gradient norm jumps",
-        f"{norms[worst]:.3g} at step {steps[worst]}, and {median(norms):.3g} in the median.",
+        f"The largest is {norms[worst]:.3g}, at step {steps[worst]}; the median is {median(norms):.3g}.",
         "Check `max_grad_norm` and the learning rate.",
     )
 

@@ -165,7 +165,7 @@ def _completion(row: dict[str, Any], reward_names: Sequence[str]) -> Completion:
 
 
 def finite(value: Any) -> float | None:
-    """A number, or `None` for NaN, which tables have where a reward function returned None, and JSON has not."""
+    """A number, or `None` for NaN, which tables have where a reward function returned None and JSON cannot express."""
     if value is None or isinstance(value, str) or not math.isfinite(value):
         return None
     return float(value)

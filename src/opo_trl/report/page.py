@@ -1,4 +1,4 @@
-"""Writes the report: one HTML file with its data and its scripts inside, which loads nothing from anywhere."""
+"""Writes the report: one HTML file with its data and its scripts inside, which loads nothing from the network."""
 
 import html
 import json
@@ -47,7 +47,7 @@ def write_report(
         max_completions (`int`, *optional*, defaults to `10000`):
             With more completions than this, the report has those of evenly spaced steps, with the first and the last.
         steps (`Iterable[int]`, *optional*):
-            Have the completions of these steps instead.
+            Show the completions of these steps instead.
 
     Returns:
         `Path`: The file that was written.
@@ -78,7 +78,7 @@ def write_report(
 
 
 def describe(run: RunFiles, max_completions: int = MAX_COMPLETIONS, steps: Iterable[int] = ()) -> dict[str, Any]:
-    """Everything that the report of a run shows, as JSON has it."""
+    """Everything that the report of a run shows, as values that JSON can express."""
     groups, facts, notes = _read_groups(run, max_completions, steps)
     metrics = metric_series(run.log)
     evidence = Evidence(metrics, groups)
@@ -117,7 +117,7 @@ def _finding(finding: Finding) -> dict[str, Any]:
 
 
 def render(content: dict[str, Any], library: str) -> str:
-    """Put the content, the styles and the scripts into the page. No text of a completion is markup there."""
+    """Put the content, the styles and the scripts into the page, where no text of a completion becomes markup."""
     folder = Path(__file__).parent
     data = json.dumps(content, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     parts = {
@@ -134,7 +134,7 @@ def render(content: dict[str, Any], library: str) -> str:
 def _read_groups(
     run: RunFiles, max_completions: int, steps: Iterable[int]
 ) -> tuple[list[Group], list[tuple[str, str]], list[str]]:
-    """Groups of the chosen steps, with what to say about the choice."""
+    """Groups of the chosen steps, with facts and notes about the choice."""
     steps = list(steps)
     if not run.tables:
         choose_steps({}, max_completions, steps)

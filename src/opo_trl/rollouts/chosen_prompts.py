@@ -61,13 +61,13 @@ class ChosenPrompts:
         return send_to_device(rows, self.accelerator.device), metrics
 
     def refill_order(self) -> list[int]:
-        """Positions of the prompts that the draw of this step has put after its own, for refill rounds."""
+        """Positions of the prompts that follow those of the step in its draw, for refill rounds."""
         assert self._drawn is not None
         spare: list[int] = self._drawn.spare.tolist()
         return spare
 
     def observe(self, rewards: torch.Tensor, scored: torch.Tensor) -> dict[str, float]:
-        """Update the state by the rewards (P, K), of all ranks, of the step's own prompts; refill rounds follow."""
+        """Update the state with the rewards (P, K) of all ranks; those of refill rounds, which follow, are ignored."""
         assert self._drawn is not None
         drawn, self._drawn = self._drawn, None
         count = len(drawn.prompts)
@@ -82,7 +82,7 @@ class ChosenPrompts:
         Load the state of a checkpoint, or start without any.
 
         Raises:
-            ValueError: On all ranks, if the checkpoint has no state, or that of another training set.
+            ValueError: On all ranks, if the checkpoint has no such state, or that of another training set.
         """
         self.sampling, self._drawn = PromptSampling(*self._arguments), None
         if checkpoint is None:
@@ -93,8 +93,8 @@ class ChosenPrompts:
         except FileNotFoundError:
             refusal = (
                 f"`prompt_sampling='informative'` must resume from a checkpoint with {STATE}, got {checkpoint!r}, "
-                "which was saved with 'uniform', or has lost it. Use `prompt_sampling='uniform'`, or start a new run "
-                "from the checkpoint's model."
+                "which was saved with 'uniform', or lacks the file. Use `prompt_sampling='uniform'`, or start a new "
+                "run from the checkpoint's model."
             )
         except ValueError as error:
             refusal = str(error)

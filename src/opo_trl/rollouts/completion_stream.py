@@ -1,4 +1,4 @@
-"""Requests to a vLLM server of one prompt each, whose answers are taken in the order in which they come."""
+"""Requests to a vLLM server, one for each prompt, whose answers are taken in the order in which they arrive."""
 
 import asyncio
 import contextlib
@@ -19,11 +19,11 @@ RETRY_SECONDS = (0.0, 2.0, 4.0, 8.0, 16.0)  # before a request is sent again tha
 
 class CompletionStream:
     """
-    Sends requests from a thread of its own, while the caller trains, and keeps their answers until they are taken.
+    Sends requests from its own thread, while the caller trains, and keeps their answers until they are taken.
 
     A request has no time limit while the server's `/health` answers. One that cannot be sent, or is answered by 502 or
-    503, as by a proxy, is sent again for half a minute; one whose connection breaks is not, since a server that was
-    started anew in between would answer from the weights that it starts with.
+    503, as by a proxy, is retried for half a minute. One whose connection breaks is not retried: a server that was
+    restarted in between would generate with the weights that it starts with.
 
     Args:
         base_url (`str`):
@@ -51,12 +51,12 @@ class CompletionStream:
 
     @property
     def generating(self) -> int:
-        """Requests that are not answered."""
+        """Number of requests that are not answered yet."""
         return self._generating
 
     @property
     def complete(self) -> int:
-        """Answers that [`take`] can take."""
+        """Number of answers that [`take`] can return."""
         return len(self._complete)
 
     @property
@@ -73,11 +73,11 @@ class CompletionStream:
 
     def receive(self) -> None:
         """
-        Take in the answers that have come.
+        Collect the answers that have arrived.
 
         Raises:
             RuntimeError: If the server has answered a request with an error.
-            Exception: What else a request has failed with.
+            Exception: Any other error with which a request has failed.
         """
         with contextlib.suppress(queue.Empty):
             while True:
@@ -85,10 +85,10 @@ class CompletionStream:
 
     def wait(self) -> None:
         """
-        Wait for another answer, for as long as the server lives.
+        Wait for another answer, for as long as the server answers `/health`.
 
         Raises:
-            ConnectionError: If `/health` has not answered for as long as the server is given.
+            ConnectionError: If `/health` has not answered for `patience` seconds.
             Exception: As [`receive`].
         """
         healthy = time.monotonic()
@@ -104,12 +104,12 @@ class CompletionStream:
                 )
 
     def take(self, count: int) -> list[Any]:
-        """Take the answers that have come first."""
+        """Take the `count` answers that arrived first."""
         taken, self._complete = self._complete[:count], self._complete[count:]
         return taken
 
     def close(self) -> None:
-        """Break the connections of the requests that are not answered: the server stops working on them."""
+        """Close the connections of requests that are not answered, so that the server stops generating for them."""
         with contextlib.suppress(Exception):
             asyncio.run_coroutine_threadsafe(self._cancel(), self._loop).result(timeout=10)
         self._loop.call_soon_threadsafe(self._loop.stop)

@@ -1,4 +1,4 @@
-"""What the rewards so far say about each prompt: a Beta posterior, and from it the chance of an informative group.
+"""The rewards of each prompt so far, as a Beta posterior, and from it the chance of an informative group.
 
 Pure torch, on the CPU.
 """
@@ -42,15 +42,15 @@ class PromptOutcomes:
     """
     Successes and failures of each prompt, with exponential forgetting, and a Beta prior fitted to all prompts.
 
-    Where all rewards so far were 0 or 1, an outcome is a completion, and a success is the reward 1: K completions say
+    Where all rewards so far were 0 or 1, an outcome is a completion, and a success is the reward 1: K completions tell
     more about a prompt than one bit. From the first other reward on, an outcome is a group, and a success is a group
     whose rewards differ; the counts so far are converted.
 
-    The prior is the Beta distribution of the prompts' success rates with the mean, and the correlation between two
-    completions of one prompt, of what was observed: moments of the beta-binomial distribution. Observations are
+    The prior is the Beta distribution of the prompts' success rates that has the observed mean and the observed
+    correlation between two completions of one prompt: moments of the beta-binomial distribution. Observations are
     weighted by the inverse of the probability with which their prompt was drawn, so the prior describes all prompts
-    and not those that are drawn most. A single outcome per group has no correlation: with general rewards it is that of
-    Beta(1, 1).
+    and not mainly those that are drawn most. With general rewards, a group is a single outcome and has no correlation:
+    that of Beta(1, 1) is used.
 
     Args:
         num_prompts (`int`):
@@ -89,7 +89,7 @@ class PromptOutcomes:
         return successes / (successes + failures)
 
     def forget(self) -> None:
-        """Let a step pass: every observation so far counts a little less."""
+        """Discount all observations so far by one step."""
         self.counts *= 0.5 ** (1 / self.half_life)
         torch.nn.functional.threshold(self.counts, LEAST_COUNT, 0.0, inplace=True)
         self.totals *= 0.5 ** (1 / PRIOR_HALF_LIFE)

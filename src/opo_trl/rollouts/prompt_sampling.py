@@ -107,7 +107,7 @@ class PromptSampling:
                 Reward of each completion, and whether it takes part.
 
         Returns:
-            `dict[str, float]`: The share of informative groups, beside which the prediction can be held.
+            `dict[str, float]`: The share of informative groups, with which the prediction can be compared.
         """
         self.outcomes.forget()
         weights = 1 / (len(self.outcomes.counts[0]) * draw.probabilities)

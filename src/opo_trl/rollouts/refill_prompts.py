@@ -36,7 +36,7 @@ def prompts_needed(informative: int, sampled: int, target: int, multiple: int = 
 
 def draw_order(num_rows: int, seed: int, step: int, refill_round: int) -> Iterator[int]:
     """
-    Yield the rows of a dataset in an order of this step's and this round's own, each once.
+    Yield each row of a dataset once, in an order that depends on seed, step and round.
 
     A Fisher-Yates shuffle that stores the entries that have moved and no others: the first rows of a million cost no
     more than those of a hundred.
@@ -50,5 +50,5 @@ def draw_order(num_rows: int, seed: int, step: int, refill_round: int) -> Iterat
 
 
 def row_key(row: Mapping[str, Any]) -> str:
-    """Return what tells one row of a dataset from another, the same on every rank and in every process."""
+    """Return a key that identifies a row of a dataset by its content, the same on every rank and in every process."""
     return json.dumps(row, sort_keys=True, default=lambda value: type(value).__name__)

@@ -1,4 +1,4 @@
-"""Refilling: further groups from the same weights, while a step has too few informative ones (issue 17)."""
+"""Refilling: further groups from the same weights, while a step has too few informative ones."""
 
 import hashlib
 import logging
@@ -28,7 +28,7 @@ def check_refilling(args: Any, train_dataset: Any) -> None:
         args ([`OPOConfig`]):
             The run's configuration.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`], *optional*):
-            As handed to the trainer.
+            As passed to the trainer.
 
     Raises:
         ValueError: If `max_refill_rounds` is above 0 and the dataset is streamed or has images.
@@ -37,8 +37,8 @@ def check_refilling(args: Any, train_dataset: Any) -> None:
         return
     if isinstance(train_dataset, datasets.IterableDataset | data.IterableDataset):
         raise ValueError(
-            "Refilling takes prompts out of their order, so `train_dataset` must have rows that can be read by their "
-            f"number, got a {type(train_dataset).__name__} with max_refill_rounds={args.max_refill_rounds}. Load the "
+            "Refilling takes prompts out of their order, so `train_dataset` must have rows that can be read by "
+            f"position, got a {type(train_dataset).__name__} with max_refill_rounds={args.max_refill_rounds}. Load the "
             "dataset without streaming, or set `max_refill_rounds=0`."
         )
     images = sorted({"image", "images"} & set(getattr(train_dataset, "column_names", None) or ()))
@@ -55,12 +55,12 @@ class Refilling:
 
     A further round is sampled while fewer groups are informative than the step has prompts. The rounds are merged in
     the order in which they were submitted. Completions with advantage 0 are left out of the update as always, and all
-    informative groups are trained: none is dropped as surplus, and none is kept for the next step, whose weights are
-    other ones. All ranks see the same gathered rewards, so they sample the same number of rounds.
+    informative groups are trained: none is dropped as surplus, and none is kept for the next step, which has other
+    weights. All ranks see the same gathered rewards, so they sample the same number of rounds.
 
     Args:
         accelerator ([`~accelerate.Accelerator`]):
-            Its processes agree.
+            Gathers the rewards and the errors of all ranks.
         max_rounds (`int`):
             Rounds after the first, at most.
         seed (`int`):
@@ -118,7 +118,7 @@ class Refilling:
 
         Raises:
             ValueError: On all ranks, if a batch cannot be trained row by row.
-            RuntimeError: On all ranks, if one of them cannot read the rows of a round, or reads other ones.
+            RuntimeError: On all ranks, if one of them cannot read the rows of a round, or reads different ones.
         """
         metrics, columns = RoundMetrics(self.metrics), list(rows[0])
         keys = {row_key(row) for row in rows}  # before sampling: a rollout function adds to the rows
@@ -177,8 +177,8 @@ class Refilling:
         """
         Read this rank's rows of the next round, and add its prompts to `keys`.
 
-        None are left where the step has all prompts of the dataset. Every rank looks at all prompts of the round, which
-        costs little beside sampling them, so that ranks cannot take different ones unnoticed.
+        Returns no rows if the step has all prompts of the dataset. Every rank reads all prompts of the round, which is
+        cheap compared with sampling them, so that ranks that read different prompts are detected.
         """
         indices: list[int] = []
         rows: Rows = []
@@ -209,7 +209,7 @@ class Refilling:
         return moved
 
     def _agree(self, failure: Exception | None, keys: Sequence[str]) -> None:
-        """Raise on all ranks what one of them has failed with, or if they have read other prompts."""
+        """Raise on all ranks if one of them has failed, or if they have read different prompts."""
         description = None if failure is None else f"{type(failure).__name__}: {failure}"
         digest = hashlib.sha256("\n".join(keys).encode()).hexdigest()
         ranks = gather_object([(description, digest)])
@@ -221,7 +221,7 @@ class Refilling:
         if len({read for _, read in ranks}) > 1:
             raise RuntimeError(
                 "The ranks have read different prompts for a refill round: `train_dataset` must give every rank the "
-                "same row for the same number. Remove random transforms, or set `max_refill_rounds=0`."
+                "same row for the same position. Remove random transforms, or set `max_refill_rounds=0`."
             )
 
     def _merge(self, rounds: Sequence[Round]) -> Round:

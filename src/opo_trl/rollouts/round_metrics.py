@@ -11,7 +11,7 @@ _CUMULATIVE = "num_tokens"
 
 class RoundMetrics:
     """
-    Takes what TRL logs of each round out of its lists, and puts one number for the step there instead.
+    Replaces what TRL logs for each round in its lists by one number for the step.
 
     TRL appends one number to every list each time it generates and scores. Left there, the mean over a logging period
     would give a round of two prompts the weight of a round of two hundred.

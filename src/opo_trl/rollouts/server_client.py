@@ -1,4 +1,4 @@
-"""The main process's client of a vLLM server, whose failures wait until all ranks can raise them."""
+"""The main process's client of a vLLM server, whose failures are kept until all ranks can raise them."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +35,7 @@ class ServerClient(VLLMClient):
 
     Args:
         connection_timeout (`float`, *optional*, defaults to `0.0`):
-            Seconds to wait for the server to be up; and, of at least a minute, for a sign of life while it is at work.
+            Seconds to wait for the server to be up and, at least 60, for `/health` to answer during a request.
         *args, **kwargs:
             As in [`~trl.generation.vllm_client.VLLMClient`].
     """
@@ -106,7 +106,7 @@ class ServerClient(VLLMClient):
         super().update_named_params(metadata, named_params)
 
     def reset_prefix_cache(self) -> None:
-        """Let the server forget what it has computed with earlier weights."""
+        """Reset the prefix cache, which was computed with earlier weights."""
         self._attempt("resetting its prefix cache", super().reset_prefix_cache, None)
 
     def image_features(self, images: list[Any], *args: Any, **kwargs: Any) -> list[Any]:
@@ -181,15 +181,15 @@ class ServerClient(VLLMClient):
 
     def take_groups(self, wave_size: Callable[[int, int], int]) -> list[Group]:
         """
-        Wait until groups of the streamed step are complete, and take those that were complete first.
+        Wait until groups of the streamed step are complete, and take those that were completed first.
 
         Args:
             wave_size (`Callable`):
-                Returns how many to take of the complete ones, from their number and that of the groups that are not;
+                Maps the number of complete groups and that of the others to how many complete ones to take;
                 0 to wait for more.
 
         Returns:
-            `list[Group]`: None after a failure.
+            `list[Group]`: Empty after a failure.
         """
         return self._attempt("generating", lambda: self._take_groups(wave_size), [])
 
@@ -210,7 +210,7 @@ class ServerClient(VLLMClient):
         return 0.0 if self._stream is None else self._stream.seconds
 
     def end_stream(self) -> None:
-        """End the streamed step: what the server still generates for it is given up."""
+        """End the streamed step, and cancel what the server still generates for it."""
         stream, self._stream, self._seeds = self._stream, None, None
         if stream is not None:
             stream.close()

@@ -17,17 +17,17 @@ from .weight_file import unusable_directory
 from .weight_file_client import WeightFileClient
 
 RESUME = (
-    " Nothing of this step is trained. Once the server works, resume from the last checkpoint "
+    " The optimizer has not taken this step. Once the server is up, resume from the last checkpoint "
     "(`resume_from_checkpoint='auto'`)."
 )
 
 
 class ServerError(RuntimeError):
-    """A vLLM server did not do what it was asked for. All ranks raise it, with the same message."""
+    """A request to a vLLM server has failed. All ranks raise it, with the same message."""
 
 
 class ServerGeneration(VLLMGeneration):
-    """TRL's generation in server mode, whose main process talks to the server through a [`ServerClient`]."""
+    """TRL's generation in server mode, whose main process communicates with the server through a [`ServerClient`]."""
 
     vllm_client: ServerClient  # on the main process alone
 
@@ -64,9 +64,9 @@ class ServerGeneration(VLLMGeneration):
 
     def submit(self, prompts: list[list[int]], num_generations: int, seeds: Sequence[int]) -> None:
         """
-        Ask for the completions of a streamed step, or for further ones, and do not wait for them.
+        Request the completions of a streamed step, or further ones, without waiting for them.
 
-        The parent's `generate` gathers the prompts and says how to sample; its client does not wait.
+        The parent's `generate` gathers the prompts and passes the sampling settings to its client, which does not wait.
 
         Args:
             prompts (`list[list[int]]`):
@@ -93,7 +93,7 @@ class ServerGeneration(VLLMGeneration):
                 As in [`~opo_trl.rollouts.server_client.ServerClient.take_groups`]; the main process's counts.
 
         Returns:
-            `list[int]`: Numbers of their prompts, from 0, in the order in which these were submitted; the same on all
+            `list[int]`: Numbers of their prompts, counted from 0 in the order of submission; the same list on all
             ranks.
 
         Raises:
@@ -116,7 +116,7 @@ class ServerGeneration(VLLMGeneration):
         return float(broadcast_object_list(seconds)[0])
 
     def drop_stream(self) -> None:
-        """Give up a streamed step that has failed, on this rank alone: the others may not call it."""
+        """Cancel a streamed step that has failed, on this rank alone, since the others may not call it."""
         self._wave = None
         if self.accelerator.is_main_process:
             self.vllm_client.end_stream()
@@ -147,7 +147,7 @@ class ServerGeneration(VLLMGeneration):
 
 
 def describe(error: Exception) -> str:
-    """Return an error's message, without the full stop; with its type where that says more."""
+    """Return an error's message, without the full stop; with its type unless the message alone is enough."""
     text = str(error).rstrip(".")
     return text if type(error) in (ValueError, RuntimeError, ConnectionError) else f"{type(error).__name__}: {text}"
 
@@ -161,7 +161,7 @@ def check_weight_directory(args: Any) -> None:
             The run's configuration.
 
     Raises:
-        ValueError: On all ranks alike.
+        ValueError: On all ranks, if it cannot.
     """
     if args.vllm_weight_transfer != "file":
         return
@@ -170,14 +170,14 @@ def check_weight_directory(args: Any) -> None:
     if fault is not None:
         raise ValueError(
             "`vllm_weight_dir` must be an existing directory that the main process can write to, got "
-            f"{args.vllm_weight_dir!r}: {fault}. Create it, where the trainer and the server both see it."
+            f"{args.vllm_weight_dir!r}: {fault}. Create it where both the trainer and the server can access it."
         )
 
 
 @contextmanager
 def server_generation(args: Any) -> Iterator[None]:
     """
-    Have TRL build its server-mode generation from the classes here: its constructor names its own.
+    Make TRL build its server-mode generation from the classes of this package, since TRL's constructor names its own.
 
     Args:
         args ([`OPOConfig`]):

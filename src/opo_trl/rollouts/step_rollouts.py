@@ -22,7 +22,7 @@ class StepRollouts(GRPOTrainer):
     Mixin for [`OPOTrainer`]: chooses the prompts of each step, and samples more of them under the same weights.
 
     See [`~opo_trl.rollouts.chosen_prompts.ChosenPrompts`] and [`~opo_trl.rollouts.refilling.Refilling`]; without their
-    settings, a step trains on what the data loader delivers. A vLLM server that fails does so on all ranks. It comes
+    settings, a step trains on what the data loader delivers. Errors of a vLLM server are raised on all ranks. It comes
     before [`~opo_trl.runs.reliable_runs.ReliableRuns`] in the bases.
     """
 
@@ -68,7 +68,7 @@ class StepRollouts(GRPOTrainer):
         return inputs
 
     def _sample_step(self, rows: list[dict[str, Any]], sample: Callable[[list[dict[str, Any]]], Round]) -> Round:
-        """Sample this rank's rows of a step, refill rounds included; in evaluation, those that are given alone."""
+        """Sample this rank's rows of a step, and in training those of refill rounds."""
         if not self.model.training:
             return sample(rows)
         if self._refilling is None:
@@ -80,7 +80,7 @@ class StepRollouts(GRPOTrainer):
         return sampled
 
     def _observe(self, rollout: Rollout) -> None:
-        """Let the choice of prompts take the rewards of a step into account."""
+        """Update the counts that prompts are chosen by with the rewards of a step."""
         if self._chosen is not None:
             scored = takes_part(rollout.rewards, rollout.lengths)
             self._log_in_training(self._chosen.observe(rollout.rewards, scored))

@@ -69,7 +69,7 @@ class StreamedSteps(GRPOTrainer):
         )
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as the next class does; a step that fails leaves no request to the server."""
+        """Train as the next class does; no request to the server stays open after a step that fails."""
         self._streaming = self._make_streaming() if self.args.stream_rollouts else None
         try:
             return super().train(*args, **kwargs)
@@ -97,7 +97,7 @@ class StreamedSteps(GRPOTrainer):
             streaming.start(rows, self.state.global_step, self._first_normalizer(), self.train_dataset, order)
 
     def _first_normalizer(self) -> torch.Tensor:
-        """What the losses of a streamed step are divided by, before the lengths of all groups are known."""
+        """What the losses of a streamed step are divided by while the lengths of its groups are not known."""
         rows = torch.empty(self.args.generation_batch_size, device=self.accelerator.device)
         return loss_normalizer("dr_grpo", rows, self.max_completion_length, self.accelerator.num_processes)
 

@@ -1,4 +1,4 @@
-"""Streaming: a step's finished groups are scored and trained while the others are generated (issue 18)."""
+"""Streaming: a step's finished groups are scored and trained while the others are generated."""
 
 import copy
 import random
@@ -35,8 +35,7 @@ def check_streaming(args: Any, given: Mapping[str, Any]) -> None:
             Arguments of the trainer by name.
 
     Raises:
-        ValueError: If a completion may need more than one request, or the dataset has images, or if gradients could not
-            be scaled.
+        ValueError: If a completion may need more than one request, or the dataset has images.
     """
     if not args.stream_rollouts:
         return
@@ -72,14 +71,15 @@ class Streaming:
     """
     Samples a step in waves of complete groups, all under the weights that the step starts with.
 
-    All prompts are submitted at the start, each with a seed of its own. The main process takes groups as they are
-    complete, as many as end with a micro-batch, and all ranks score and train them while the server generates the rest.
-    The optimizer steps after the last group, so the gradient is the one of a step that is not streamed: a sum over the
-    same rows, in another order. A wave without a row to train has no micro-batch, and its share goes to the next ones.
+    All prompts are submitted at the start, each with a seed of its own. The main process takes groups that are
+    complete, as many as fill complete micro-batches, and all ranks score and train them while the server generates the
+    rest. The optimizer steps after the last group, so the gradient is the one of a step that is not streamed: a sum
+    over the same rows, in another order. A wave without a row to train has no micro-batch, and its share goes to the
+    next ones.
 
     Args:
         accelerator ([`~accelerate.Accelerator`]):
-            Its processes agree.
+            Gathers what the ranks have to agree on.
         engine ([`~opo_trl.rollouts.server_generation.ServerGeneration`]):
             Client of the server.
         schedule ([`~opo_trl.rollouts.waves.WaveSchedule`]):
@@ -95,7 +95,7 @@ class Streaming:
         metrics (`MutableMapping[str, list[float]]`):
             TRL's lists of the current logging period.
         tokenize (`Callable`):
-            Tokens of each of some rows.
+            Returns the prompt tokens of each row.
         sample (`Callable`):
             Makes a [`Round`] of this rank's rows of a wave, with the completions that the engine returns.
         obstacle (`Callable`):
@@ -108,8 +108,8 @@ class Streaming:
         waiting (`Callable`):
             Context in which this process waits for completions.
         refilling ([`~opo_trl.rollouts.refilling.Refilling`], *optional*):
-            Reads the prompts of refill rounds. A round has the prompts that it has in a step that is not streamed; each
-            is submitted as soon as it is needed however many of the groups that are not scored yet are informative.
+            Reads the prompts of refill rounds. A round has the same prompts as in a step that is not streamed; each is
+            submitted as soon as it is certain to be needed, even if all groups that are not scored yet are informative.
     """
 
     def __init__(
@@ -169,7 +169,7 @@ class Streaming:
 
     def next_micro_batch(self) -> dict[str, torch.Tensor]:
         """
-        Return this rank's next micro-batch, and wait for groups where none is left of those that have come.
+        Return this rank's next micro-batch; wait for complete groups if no micro-batch is left.
 
         Raises:
             ServerError: On all ranks.
@@ -183,7 +183,7 @@ class Streaming:
         return self._ready.popleft()
 
     def drop(self) -> None:
-        """Forget a step that has failed, on this rank alone: its gradients are not a step's."""
+        """Drop the state of a step, on this rank alone, such as one that has failed."""
         self._step = 0
         self._prompts: Rows = []  # one row for each group, of all ranks, by its number
         self._taken: list[int] = []  # numbers of the groups of all waves, in their order
@@ -198,7 +198,7 @@ class Streaming:
         self.engine.drop_stream()
 
     def _submit(self, rows: Rows) -> None:
-        """Submit the groups of which this rank has these rows."""
+        """Submit groups, of which this rank has these rows."""
         first, size = self.accelerator.process_index * len(rows), self.group_size
         begun = {(first + i) // size: row for i, row in reversed(list(enumerate(rows)))}  # group -> its first row here
         tokens = dict(zip(begun, self.tokenize(list(begun.values())), strict=True))
@@ -239,7 +239,7 @@ class Streaming:
             self._ready.extend(self.plan(batch, share))
 
     def _refill(self, refilling: Refilling) -> None:
-        """Submit what is known to be needed of the next round; once this one is scored, it is all of the next one."""
+        """Submit the prompts of the next round that are known to be needed: all of them once this round is scored."""
         schedule = self.schedule
         while self._round < refilling.max_rounds and not self._exhausted:
             scored = [number for number in self._taken if number < self._round_end]

@@ -26,10 +26,10 @@ class WatchedSession(requests.Session):
     """
     Session of requests to one server that have no time limit while its `/health` answers.
 
-    A batch of completions may take an hour, so a request has no timeout; and a server that is frozen, or whose machine
-    is gone, would never answer. A connection that breaks is not asked again, since a server that was started anew in
-    between would answer from the weights that it starts with; one that cannot be made is tried again, for a minute, and
-    so is what a proxy answers with 502 or 503.
+    A batch of completions may take an hour, so a request has no timeout; but a server that is frozen, or whose machine
+    is gone, would never answer. A request whose connection breaks is not retried: a server that was restarted in
+    between would generate with the weights that it starts with. A connection that cannot be made is retried for a
+    minute, and so is a request that a proxy answers with 502 or 503.
 
     Args:
         base_url (`str`):

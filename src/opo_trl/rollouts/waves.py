@@ -11,7 +11,7 @@ class WaveSchedule:
     Cuts a step's groups into waves, in the order in which they are complete, and its micro-batches into their shares.
 
     A wave ends where a micro-batch's worth of groups does, so that no micro-batch of a wave has more rows than one of a
-    step that is not streamed. It waits for an eighth of the step's groups, as long as any are generated.
+    step that is not streamed. It has at least an eighth of the step's groups, unless no other group is generating.
 
     Args:
         prompts (`int`):
@@ -40,7 +40,7 @@ class WaveSchedule:
 
         Returns:
             `int`: As many as end with a micro-batch, or all if none is generating; 0 if these are not complete yet, or
-            fewer than `WAVES` of such waves make a step.
+            are fewer than 1 / `WAVES` of the step's groups.
         """
         if not generating:
             return complete
@@ -58,7 +58,7 @@ class WaveSchedule:
 
         Args:
             groups (`int`):
-                Groups so far, those that the rows are of included, on the scale on which a step has `prompts`.
+                Groups so far, including those of the waiting rows, on the scale on which a step has `prompts`.
             used (`int`):
                 Micro-batches of earlier waves.
             rows (`int`):

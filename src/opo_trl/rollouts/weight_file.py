@@ -30,7 +30,7 @@ def write_weights(directory: Path, version: str, named_params: Iterable[tuple[st
         `Path`: The file.
 
     Raises:
-        OSError: If it cannot be written; nothing of it is left then.
+        OSError: If it cannot be written; no part of it is left then.
     """
     weights = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in named_params}
     path = directory / f"{version}.safetensors"

@@ -17,12 +17,12 @@ CACHE_TIMEOUT = 60.0  # seconds in which requests that nobody waits for any more
 
 class WeightFileClient(ServerClient):
     """
-    Client that sends weights through a directory that the main process and all of the server's workers see.
+    Client that sends weights through a directory that the main process and all of the server's workers can access.
 
     TRL's own transfer needs CUDA and NCCL on both sides. Each update has a version of its own, which no other update of
     any run has; a worker that fails to load it holds no version. The server's workers are asked for theirs before and
-    after each generation, so that completions of other weights than the latest are never trained on, whether the server
-    was started anew, an update failed, or another run has sent its own.
+    after each generation, so that completions of other weights than the latest are never trained on: not if the server
+    was restarted, an update failed, or another run has sent its own.
 
     Args:
         directory (`Path`):
@@ -82,7 +82,7 @@ class WeightFileClient(ServerClient):
 
     def reset_prefix_cache(self) -> None:
         """
-        Let the server forget what it has computed with earlier weights, once no request needs it any more.
+        Reset the prefix cache, which was computed with earlier weights, once no request uses it.
 
         vLLM refuses while requests run, such as those of a trainer that was killed, and TRL does not look at the
         answer (1.16; no issue is known): delete this when it does.
@@ -107,8 +107,8 @@ class WeightFileClient(ServerClient):
         if held != {self.version}:
             found = ", ".join(sorted(map(str, held)))
             raise RuntimeError(
-                f"the policy is version {self.version}, and its workers hold {found}: it was restarted, another run "
-                "has sent it weights, or an update failed"
+                f"the policy is version {self.version}, and its workers hold {found}: the server was restarted, "
+                "another run has sent it weights, or an update failed"
             )
 
     def _ask_workers(self, method: str, *args: str) -> list[dict[str, str | None]]:

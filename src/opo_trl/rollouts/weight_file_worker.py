@@ -1,5 +1,5 @@
 """
-What vLLM's workers do to take weights from a file; imported by a server, never by a trainer.
+Methods by which vLLM's workers load weights from a file; imported by a server, never by a trainer.
 
 The server is started with `--worker-extension-cls opo_trl.rollouts.weight_file_worker.WeightFileWorker`: vLLM then adds
 the methods of that class to its workers, and the trainer calls them over `/collective_rpc`, which needs

@@ -2,7 +2,7 @@ r"""
 Measure models on math problems: pass@k, maj@k, diversity, length, entropy and KL, with intervals.
 
 With no arguments it measures the tiny policy of this repository before and after the quickstart (`make train`), on a
-CPU, in about a minute:
+CPU, in less than a minute:
 
     opo-trl evaluate
 
@@ -15,7 +15,7 @@ The paper's evaluation, on one GPU or several:
         --num_samples 8 16 16 --temperature 0.6 --max_new_tokens 32768 --batch_size 512 --output_dir outputs/tables
 
 Samples are drawn by vLLM where it is installed and by transformers otherwise. Records are appended as they come, so
-that the same command continues a run that was stopped, with any number of processes.
+that the same command resumes an interrupted run, with any number of processes.
 
 Where no accelerator is found, models are loaded in float32 unless `--dtype` is set, and the script prints that. An
 error before the first completion ends it with the message alone; `OPO_DEBUG=1` keeps the traceback.
@@ -280,7 +280,7 @@ def use_vllm(args: EvaluationArguments) -> bool:
 
 
 def claim_gpu(state: PartialState) -> None:
-    """Show this process its own GPU alone: its vLLM engine takes the first that it sees."""
+    """Make only its own GPU visible to this process: its vLLM engine takes the first that is visible."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     index = state.device.index or 0
     os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[index] if visible else str(index)
@@ -319,7 +319,7 @@ def _longest_prompt(policy: Policy, task: Task) -> int:
 
 
 def check_names(what: str, names: Sequence[str], given: Sequence[str]) -> None:
-    """Names become folders and rows of a table, so that no two may be the same."""
+    """Check that names differ, since they become folders and rows of a table."""
     if len(set(names)) != len(given):
         raise ValueError(f"--{what} must differ from each other in name, got {given}.")
 
@@ -331,7 +331,7 @@ def sample_all(
     state: PartialState,
     setup: SetupPhase,
 ) -> None:
-    """Sample from every checkpoint before any is scored: an engine wants the memory that scoring would hold."""
+    """Sample from every checkpoint before any is scored: an engine needs the memory that scoring would hold."""
     for checkpoint in checkpoints:
         state.print(f"sampling from {checkpoint.label}")
         policy = Policy(checkpoint, args, state.device)
@@ -345,7 +345,7 @@ def sample_all(
 @dataclass
 class Measured:
     """
-    What records say.
+    Metrics of records, and some of their completions.
 
     Args:
         metrics (`dict`):
@@ -390,7 +390,7 @@ def measure_all(
 def load_inputs(
     args: EvaluationArguments, state: PartialState
 ) -> tuple[dict[str, list[Checkpoint]], list[Task], Policy | None]:
-    """Find the checkpoints by method, and load the datasets and every tokenizer, whose faults show before sampling."""
+    """Find the checkpoints by method, and load datasets and tokenizers, whose errors then surface before sampling."""
     if max(args.num_samples) > 1:
         check_self_bleu()
     methods = {short_name(model): find_checkpoints(model, args.last_checkpoints) for model in args.models}

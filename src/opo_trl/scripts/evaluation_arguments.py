@@ -32,13 +32,14 @@ class EvaluationArguments:
             Longest completion, in tokens. By default 4096, or what the context of every model leaves after the longest
             prompt, if that is less.
         num_problems (`int`, *optional*):
-            Use only the first so many problems of each dataset, in its order; for `arithmetic`, how many are generated
+            Use only this many problems of each dataset, the first ones; for `arithmetic`, how many are generated
             (512 by default). By default all problems are used.
         category_columns (`list[str]`, *optional*):
             Columns for tables per category. By default those of `subject`, `type`, `problem_type`, `level` and `source`
             that a dataset has, with 2 to 30 values.
         last_checkpoints (`int`, *optional*, defaults to `0`):
-            Measure the last so many `checkpoint-*` of a training directory and average them; `0` takes its final model.
+            Measure this many of the last `checkpoint-*` of a training directory and average them; `0` takes its final
+            model.
         batch_size (`int`, *optional*, defaults to `64`):
             Completions sampled at a time by one process; with vLLM, completions in flight.
         scoring_batch_size (`int`, *optional*, defaults to `16`):
@@ -63,12 +64,12 @@ class EvaluationArguments:
         default=None, metadata={"help": "Longest completion, in tokens; by default 4096, or what the context leaves."}
     )
     num_problems: int | None = field(
-        default=None, metadata={"help": "Use only the first so many problems of each dataset."}
+        default=None, metadata={"help": "Use only this many problems of each dataset, the first ones."}
     )
     category_columns: list[str] | None = field(
         default=None, metadata={"help": "Columns for tables per category, such as level."}
     )
-    last_checkpoints: int = field(default=0, metadata={"help": "Average the last so many checkpoints of a run."})
+    last_checkpoints: int = field(default=0, metadata={"help": "Average this many of the last checkpoints of a run."})
     batch_size: int = field(default=64, metadata={"help": "Completions sampled at a time by one process."})
     scoring_batch_size: int = field(default=16, metadata={"help": "Completions at a time for entropy and KL."})
     seed: int = field(default=0, metadata={"help": "Seed of the sampling."})

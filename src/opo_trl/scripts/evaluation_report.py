@@ -1,4 +1,4 @@
-"""What a person wants to see of an evaluation: summary.json, a table in Markdown, plots."""
+"""What an evaluation writes: summary.json, a table in Markdown, plots."""
 
 import json
 from importlib.metadata import version
@@ -97,7 +97,7 @@ def _by_category(
 
 
 def _draw(output_dir: Path, summary: dict[str, Any]) -> bool:
-    """Draw the plots; whether matplotlib is there to do so."""
+    """Draw the plots, and return whether matplotlib is installed."""
     try:
         import matplotlib
     except ImportError:

@@ -43,7 +43,7 @@ def find_checkpoints(model: str, last: int) -> list[Checkpoint]:
     steps = sorted(int(folder.name.split("-")[1]) for folder in path.glob("checkpoint-[0-9]*"))
     if last and steps:
         if len(steps) < last:
-            raise ValueError(f"--last_checkpoints must be at most {len(steps)}, what {model} holds, got {last}.")
+            raise ValueError(f"--last_checkpoints must be at most {len(steps)}, those in {model}, got {last}.")
         folders = {f"{label}-checkpoint-{step}": path / f"checkpoint-{step}" for step in steps[-last:]}
     elif (path / "config.json").is_file() or (path / "adapter_config.json").is_file():
         folders = {label: path}

@@ -1,4 +1,4 @@
-"""What a person wants to see of a run: a line per logging step, pass@1 before and after, the curves."""
+"""What a run prints and draws: a line per logging step, pass@1 before and after, the curves."""
 
 import json
 import math
@@ -114,7 +114,7 @@ def measure(
 
 
 def describe(result: dict[str, Any]) -> str:
-    """Say in one line what `measure` found."""
+    """Describe in one line what `measure` found."""
     (low, high), length = result["interval"], result["mean_length"]
     return f"{result['pass@1']:.3f} (95 % interval {low:.3f} to {high:.3f}), mean length {length:.1f} tokens"
 

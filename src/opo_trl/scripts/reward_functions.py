@@ -86,7 +86,7 @@ def _import(name: str, module: str, attribute: str) -> Callable[..., Any]:
 
 def check_weights(functions: Sequence[Callable[..., Any]], weights: Sequence[float] | None) -> None:
     """
-    Compare `--reward_weights` with the functions, before the trainer does, which has loaded the model by then.
+    Compare `--reward_weights` with the functions. The trainer does so only after it has loaded the model.
 
     Raises:
         ValueError: If there is not one weight for each function.

@@ -33,7 +33,7 @@ class MathScriptArguments(ScriptArguments):
             Where held-out problems come from; by default the split `dataset_test_split` of `dataset_name`, and for a
             local file problems held out of the training ones.
         num_train_problems (`int`, *optional*):
-            Use only so many problems for training.
+            Use at most this many problems for training.
         num_eval_problems (`int`, *optional*, defaults to `512`):
             Number of held-out problems.
         deduplicate_against (`list[str]`, *optional*):
@@ -65,7 +65,7 @@ class MathScriptArguments(ScriptArguments):
     instruction: str = field(default=INSTRUCTION, metadata={"help": "Line added to each problem; '' adds nothing."})
     system_prompt: str | None = field(default=None, metadata={"help": "System message put before each problem."})
     eval_dataset_name: str | None = field(default=None, metadata={"help": "Where held-out problems come from."})
-    num_train_problems: int | None = field(default=None, metadata={"help": "Train on only so many problems."})
+    num_train_problems: int | None = field(default=None, metadata={"help": "Train on at most this many problems."})
     num_eval_problems: int = field(default=512, metadata={"help": "Number of held-out problems."})
     deduplicate_against: list[str] | None = field(
         default=None, metadata={"help": "Evaluation sets (NAME, NAME:SPLIT, NAME:SPLIT:CONFIG) to keep out."}

@@ -15,15 +15,16 @@ A real model on GSM8K, on one GPU:
         --learning_rate 1e-6 --max_completion_length 512 --eval_strategy steps --eval_steps 50 \
         --num_eval_problems 256 --report_to wandb --push_to_hub
 
-Add `--use_peft` for LoRA, and `--config file.yaml` to read arguments from a file (the command line wins;
-`examples/configs` has recipes for the paper's experiments). With `--push_to_hub`, a Hub that refuses is an error before
-anything loads; a push that fails later costs no file, and the exit status is 1.
+Add `--use_peft` for LoRA, and `--config file.yaml` to read arguments from a file (the command line takes precedence;
+`examples/configs` has recipes for the paper's experiments). With `--push_to_hub`, missing write access to the Hub is an
+error before anything loads; if a push fails later, no file is lost, and the exit status is 1.
 
 `--model_name_or_path tiny_policy` names the tiny policy of the quickstart.
 
 `--reward_funcs` takes other rewards than `math_verify_reward`: this package's, TRL's, or your own as `module:function`,
-summed with `--reward_weights`. Parameters of a function that are columns of the dataset get these. `--report` measures
-pass@1 with math-verify all the same. Every metric is in `log.json` of the output directory as soon as it is logged.
+summed with `--reward_weights`. A function gets the columns of the dataset that it has parameters for. `--report`
+measures pass@1 with math-verify all the same. Every metric is in `log.json` of the output directory as soon as it is
+logged.
 
 `--resume_from_checkpoint auto` resumes from the latest complete checkpoint in `--output_dir` if there is one, so that a
 job scheduler can repeat one command; `true` requires one, and a path names one.
@@ -138,7 +139,7 @@ def load_tokenizer(model_name: str, revision: str, trust_remote_code: bool) -> P
 def load_inputs(
     script_args: MathScriptArguments, training_args: OPOConfig, model_args: ModelConfig
 ) -> tuple[str, PreTrainedTokenizerBase, Dataset, Dataset | None, list[Callable[..., Any]]]:
-    """Load problems, tokenizer and rewards, whose faults show before a model loads; the model is only named."""
+    """Load problems, tokenizer and rewards, so that their errors surface before a model loads."""
     check_names(script_args.dataset_name, model_args.model_name_or_path)
     functions = load_reward_functions(script_args.reward_funcs)
     check_weights(functions, training_args.reward_weights)

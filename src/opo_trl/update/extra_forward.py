@@ -14,7 +14,7 @@ def score_planned_rows(step: StepPlan, width: int, score: Callable[..., torch.Te
     """
     Compute log-probabilities in the micro-batches of a plan, each row's on the rank that trains it.
 
-    Every rank runs the same number of forwards, whatever its rows are: under ZeRO-3 and FSDP they would deadlock.
+    Every rank runs the same number of forwards, since different numbers would deadlock under ZeRO-3 and FSDP.
 
     Args:
         step ([`StepPlan`]):

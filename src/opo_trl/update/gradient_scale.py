@@ -11,8 +11,8 @@ def scale_gradients(parameters: Iterable[nn.Parameter], factor: float) -> None:
     """
     Multiply gradients in place, after they are reduced and before they are clipped.
 
-    A gradient is linear in the loss, so this is the gradient under the other normaliser, under one process, data
-    parallelism and FSDP, where each rank scales its shard. DeepSpeed keeps its gradients to itself.
+    The gradient is linear in the loss, so the result is the gradient under the other normaliser. This holds for one
+    process, data parallelism and FSDP, where each rank scales its shard. DeepSpeed does not allow it.
     """
     if factor == 1.0:
         return

@@ -51,7 +51,7 @@ class PlannedUpdates(GRPOTrainer):
         self._step_loss: Any = 0.0  # of the micro-batches of the step so far
 
     def _plan_update(self, batch: dict[str, Any]) -> None:
-        """Let the next micro-batches be those of this rollout batch, this rank's part of it."""
+        """Plan the next micro-batches from this rank's part of a rollout batch."""
         self._rollout_batch = batch
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
@@ -75,7 +75,7 @@ class PlannedUpdates(GRPOTrainer):
         return micro_batch
 
     def _plan_wave(self, batch: dict[str, Any], micro_batches: int) -> list[dict[str, torch.Tensor]]:
-        """Plan a part of a step's rows, in as many micro-batches on all ranks; those of other parts follow."""
+        """Plan a part of a step's rows, in as many micro-batches on all ranks; other parts are planned apart."""
         self._early_plan = None
         rows = self.args.per_device_train_batch_size * micro_batches
         planner = replace(self._planner, micro_batches=micro_batches, rows_per_rank=rows)
@@ -89,7 +89,7 @@ class PlannedUpdates(GRPOTrainer):
         self._gradient_factor = factor
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Take a micro-batch's gradient as the next class does; the last one of a step scales the step's."""
+        """Compute a micro-batch's gradient as the next class does; after the last one, scale the step's gradient."""
         loss: torch.Tensor = super().training_step(model, *args, **kwargs)
         self._step_loss = self._step_loss + loss
         if self.accelerator.sync_gradients:

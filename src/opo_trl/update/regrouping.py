@@ -28,10 +28,10 @@ def regrouping_obstacle(batch: Mapping[str, Any], *, compiled: bool, device_type
 
 class ObstacleAgreement:
     """
-    Decides on all ranks alike: one may hold an image batch, or tool output, where another holds plain text.
+    Makes one decision for all ranks: one may hold an image batch, or tool output, where another holds plain text.
 
-    Every rank contributes two integers, gathered once per call. The words of an obstacle are exchanged, and logged,
-    when it comes up for the first time.
+    Every rank contributes two integers, gathered once per call. The text of an obstacle is exchanged, and logged,
+    when it occurs for the first time.
 
     Args:
         accelerator ([`~accelerate.Accelerator`]):

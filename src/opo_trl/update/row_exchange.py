@@ -1,4 +1,4 @@
-"""Moves rows from the ranks that sampled them to the ranks that train them: those that change rank, no others."""
+"""Moves rows from the ranks that sampled them to the ranks that train them: only those that change rank."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ class RowExchange:
     """
     Where the rows of a rollout batch are sampled and where they are trained.
 
-    All ranks hold the same one but for `rank`, so that each knows what the others send it. A row moves without its
-    padding. Nothing is sent, by no rank, where every row stays on its own.
+    All ranks hold the same values except `rank`, so each knows what the others send it. A row moves without its
+    padding. If every row stays on its rank, nothing is sent.
 
     Args:
         rank (`int`):

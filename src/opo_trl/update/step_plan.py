@@ -40,7 +40,7 @@ class StepPlan:
         return [{**self.rows.micro_batch(part), **self.scalars} for part in self.planned]
 
     def made_of(self, rows: Mapping[str, torch.Tensor]) -> bool:
-        """Whether the plan was made of these tensors but for the advantages: a subclass may have replaced one since."""
+        """Whether the plan was made of these tensors, advantages aside: a subclass may have replaced one since."""
         names = rows.keys() - {"advantages"}
         return names == self.source.keys() and all(rows[name] is self.source[name] for name in names)
 

@@ -1,4 +1,4 @@
-"""Metrics over all micro-batches of a step, each a sum over tokens beside its count. Pure torch."""
+"""Metrics over all micro-batches of a step, each a sum over tokens and their number. Pure torch."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ class StepStatistics:
 
     Micro-batches hold different numbers of tokens, and ranks different numbers of rows: a mean per micro-batch,
     averaged afterwards, would be biased, and gathering row by row would not even have matching shapes. So a mean is one
-    sum and one count over the step, and an extreme one number a rank. Every rank must add the same names.
+    sum and one count over the step, and an extreme one number per rank. Every rank must add the same names.
     """
 
     def __init__(self) -> None:
