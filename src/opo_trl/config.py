@@ -469,14 +469,14 @@ class OPOConfig(GRPOConfig):
         if self.deepspeed_plugin is not None and self.loss_type == "dapo":
             raise ValueError(
                 "`stream_rollouts=True` with `loss_type='dapo'` scales the gradients once all lengths are known, and "
-                "DeepSpeed keeps its gradients to itself: `loss_type` must be 'dr_grpo' under DeepSpeed, got 'dapo'. "
-                "Set `loss_type='dr_grpo'`, or train with FSDP."
+                "DeepSpeed does not allow its gradients to be scaled: `loss_type` must be 'dr_grpo' under DeepSpeed, "
+                "got 'dapo'. Set `loss_type='dr_grpo'`, or train with FSDP."
             )
         if self.deepspeed_plugin is not None and self.max_refill_rounds:
             raise ValueError(
                 "`stream_rollouts=True` with refill rounds scales the gradients once all groups are known, and "
-                "DeepSpeed keeps its gradients to itself: `max_refill_rounds` must be 0 under DeepSpeed, got "
-                f"{self.max_refill_rounds}. Set `max_refill_rounds=0`, or train with FSDP."
+                "DeepSpeed does not allow its gradients to be scaled: `max_refill_rounds` must be 0 under DeepSpeed, "
+                f"got {self.max_refill_rounds}. Set `max_refill_rounds=0`, or train with FSDP."
             )
 
     def _check_generation_kwargs(self) -> None:
