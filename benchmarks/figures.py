@@ -49,6 +49,7 @@ def figure(path: Path, height: float) -> Iterator[Any]:
 
 def main() -> None:
     import opo_report
+    import time_report
     import update_phase
     import variance_report
     from opo_trl.scripts.reporting import plot_curves
@@ -58,6 +59,7 @@ def main() -> None:
 
     opo_report.plot(result("opo_vs_grpo")["variants"], RESULTS / "opo_vs_grpo.png")
     variance_report.plot(result("gradient_variance")["policies"], RESULTS / "gradient_variance.png")
+    time_report.plot(result("time_to_accuracy"), RESULTS / "time_to_accuracy.png")
     update_phase.plot(result("update_phase")["cases"], RESULTS / "update_phase.png")
     for path in RESULTS.glob("*.png"):
         shutil.copy(path, IMAGES)

@@ -168,9 +168,27 @@ def page_tables(report: Mapping[str, Any]) -> dict[str, str]:
         heads = list(AXES.values())
         tables[f"taken at {share}"] = markdown_table(["variant", "runs that reach it", *heads], taken)
         tables[f"times less at {share}"] = markdown_table(
-            ["variant", *(f"times fewer {head}" for head in heads)], times
+            ["variant", *(f"{head}, GRPO / variant" for head in heads)], times
         )
     return tables
+
+
+def final_table(report: Mapping[str, Any]) -> str:
+    """The learning rate of every variant, and its accuracy, time and uninformative groups at the end of training."""
+    rows = []
+    for variant, final in report["final"].items():
+        curve, equal = report["curves"][variant], report["uninformative"][variant]
+        half = student_t.ppf(0.975, len(final) - 1) * statistics.stdev(final) / len(final) ** 0.5
+        rows.append([
+            TITLES[variant], f"{report['sweeps'][variant]['best']:g}",
+            f"{100 * statistics.fmean(final):.1f} ({100 * (statistics.fmean(final) - half):.1f} to "
+            f"{100 * (statistics.fmean(final) + half):.1f})",
+            *(f"{curve[axis][-1]:,.0f}" for axis in ("seconds", "tokens", "steps")),
+            f"{100 * statistics.fmean(equal):.0f} %",
+        ])  # fmt: skip
+    heads = ["variant", "learning rate", "pass@1 (%)", "seconds", "generated tokens", "optimizer steps",
+             "groups with equal rewards"]  # fmt: skip
+    return markdown_table(heads, rows)
 
 
 def _cell(estimate: Mapping[str, float] | None, form: str) -> str:
@@ -190,10 +208,12 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
         for variant, curve in report["curves"].items():
             color = COLORS[COLOR_OF.get(variant, variant)]
             for panel, axis in zip(panels, ("seconds", "tokens", "steps"), strict=False):
-                panel.plot(curve[axis], curve["pass@1"], color=color, label=TITLES[variant])
+                scale = 1000 if axis == "tokens" else 1
+                places = [place / scale for place in curve[axis]]
+                panel.plot(places, curve["pass@1"], color=color, label=TITLES[variant])
             panels[3].plot(smooth(report["uninformative"][variant], 11), color=color)
         for panel, axis in zip(panels, ("seconds", "tokens", "steps"), strict=False):
             panel.axhline(target, color=GREY, lw=1, ls=":")
-            panel.set(title="held-out pass@1", xlabel=AXES[axis])
+            panel.set(title="held-out pass@1", xlabel="thousand generated tokens" if axis == "tokens" else AXES[axis])
         panels[3].set(title="share of groups with equal rewards", xlabel="rollout batch")
         drawn.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)

@@ -81,7 +81,7 @@ from opo_vs_grpo import (
     prepare_worker,
 )
 from stability_map import numbers_broke_down
-from time_report import page_tables, plot, summarize
+from time_report import final_table, page_tables, plot, summarize
 
 SEEDS = (21, 22, 23, 24, 25, 26)
 ROLLOUTS, EVERY = 200, 10  # rollout batches of 128 completions: of a run, between two measurements
@@ -275,7 +275,7 @@ def main() -> None:
     path = RESULTS / "time_to_accuracy.json"
     path.write_text(json.dumps(report, indent=1) + "\n")
     plot(report, path.with_suffix(".png"))
-    print(*page_tables(report).values(), sep="\n\n")
+    print(final_table(report), *page_tables(report).values(), sep="\n\n")
     print(f"written to {path}")
 
 

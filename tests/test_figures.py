@@ -15,6 +15,8 @@ from row_traffic import count as count_traffic
 from row_traffic import page_sentence as traffic_sentence
 from row_traffic import page_table as traffic_table
 from streaming_simulation import page_table as simulation_table
+from time_report import faster_grpo, final_table
+from time_report import page_tables as time_tables
 from variance_report import length_tables
 from variance_report import page_tables as variance_tables
 
@@ -337,6 +339,38 @@ def test_the_long_chains():
     assert f"to the power {fresh['within_groups']['lengths']['log_log_slope']['value']:.2f}" in words
     assert f"OPO's variance is {ratios['OPO']:.2f} times the plain mean's at equal scale (K = 8)" in words
     assert f"uncertainty of the tokens is at {ratios['uncertainty']:.2f}" in words
+
+
+def test_the_time_to_an_accuracy():
+    measured = results("time_to_accuracy")
+    text = page("time_to_accuracy")
+    for name, table in {"final": final_table(measured), **time_tables(measured)}.items():
+        assert table in text, name
+    words = " ".join(text.split())
+
+    def ratio(share, variant, axis):
+        variants = measured["targets"][share]["variants"]
+        return variants[variant]["axes"][axis]["times_less_than"][faster_grpo(variants, axis)]
+
+    opo = ratio("0.75", "opo", "seconds")
+    assert f"GRPO takes {opo['mean']:.2f} times as many seconds as OPO to three quarters" in words
+    assert f"(95 % interval {opo['low']:.2f} to {opo['high']:.2f})" in words
+    for share, sentence in {
+        "0.75": "with both, GRPO takes {:.2f} times as many seconds, and {:.2f} times as many tokens",
+        "0.9": "it takes {:.2f} times as many seconds, and {:.2f} times as many tokens",
+    }.items():
+        found = (ratio(share, "opo_both", axis)["mean"] for axis in ("seconds", "tokens"))
+        assert sentence.format(*found) in words
+    ends = {variant: 100 * sum(each) / len(each) for variant, each in measured["final"].items()}
+    assert f"{ends['opo_both']:.1f} %, where OPO without them ends at {ends['opo']:.1f} %" in words
+    assert f"and GRPO at {ends['grpo']:.1f} %" in words
+    steps = [
+        measured["targets"]["0.75"]["variants"][variant]["axes"]["steps"]["over_seeds"]["mean"]
+        for variant in ("opo", "opo_both")
+    ]
+    assert "OPO takes {:.0f} steps, and {:.0f} with both".format(*steps) in words
+    in_readme = f"GRPO takes {opo['mean']:.1f}x ({opo['low']:.1f} to {opo['high']:.1f}) as many seconds as OPO"
+    assert in_readme in " ".join(README.split())
 
 
 def test_opo_against_grpo():
