@@ -8,7 +8,9 @@ import pytest
 from opo_trl.rollouts.learning_signal import PATIENCE, NoSignalWarning, likeliest_cause
 from tiny import scripted_rollout, scripted_trainer
 
-ARGS = SimpleNamespace(max_completion_length=64, per_device_train_batch_size=4, steps_per_generation=2)
+ARGS = SimpleNamespace(
+    max_completion_length=64, per_device_train_batch_size=4, steps_per_generation=2, max_refill_rounds=0
+)
 QUIET = {"opo/informative_fraction": 0.0, "opo/unscorable_fraction": 0.0, "reward": 0.0, "reward_std": 0.0}
 
 
@@ -27,6 +29,14 @@ QUIET = {"opo/informative_fraction": 0.0, "opo/unscorable_fraction": 0.0, "rewar
 def test_the_likeliest_cause_follows_from_the_metrics(metrics, cause):
     with pytest.raises(AssertionError, match=cause):
         raise AssertionError(likeliest_cause({**QUIET, **metrics}, ARGS))
+
+
+@pytest.mark.parametrize(("no_answer", "cause"), [(23.5, "every completion is wrong"), (24.0, "no completion states")])
+def test_completions_of_refill_rounds_count(no_answer, cause):
+    """Three rounds of 4 groups with 4 completions each, on two ranks."""
+    args = SimpleNamespace(**{**vars(ARGS), "max_refill_rounds": 2, "num_generations": 4, "world_size": 2})
+    metrics = {**QUIET, "rollouts/groups_dropped": 12.0, "math_verify_reward/no_answer": no_answer}
+    assert cause in likeliest_cause(metrics, args)
 
 
 def warnings_of(caplog, fractions, end=False, main_process=True):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from opo_trl.algorithm.loss import loss_normalizer
 from opo_trl.algorithm.rollout import concatenate, estimate_advantages
 from opo_trl.baselines import optimal_baseline
+from opo_trl.rewards import math_verify_reward
 from opo_trl.rollouts.refill_prompts import draw_order, prompts_needed, row_key
 from opo_trl.rollouts.round_metrics import RoundMetrics, pool_rounds, reward_metrics
 
@@ -98,6 +99,16 @@ def test_a_number_that_is_undefined_in_a_round_does_not_count():
     pooled = pool_rounds(rounds, [2, 8, 4])
     assert pooled["a"] == 3.0
     assert math.isnan(pooled["b"])
+
+
+def test_what_the_mathematics_reward_counts_is_summed_over_rounds():
+    """A mean would say that 8 of the 64 completions of a step in eight waves have no answer."""
+    logged = {}
+    math_verify_reward(completions=["no box"], solution=["1"], log_metric=logged.__setitem__)
+    pooled = pool_rounds([dict.fromkeys(logged, 8.0)] * 8, [8] * 8)
+    assert pooled["math_verify_reward/no_answer"] == 64
+    assert pooled.pop("math_verify_reward/fast_path_share") == 8
+    assert set(pooled.values()) == {64}
 
 
 def test_a_step_leaves_one_number_where_its_rounds_logged_several():

@@ -170,6 +170,7 @@ def cut_short(prompts, trainer):
 
 def reward_with_metric(completions, score, log_metric, **kwargs):
     log_metric("letters", sum(map(len, completions)) / len(completions))
+    log_metric("letters/no_answer", float(sum(len(each) < 3 for each in completions)))
     return score
 
 
@@ -194,7 +195,7 @@ def test_metrics_are_over_all_completions_that_were_sampled(tmp_path):
     for name in expected.keys() - of_the_update:
         if not name.startswith(("time/", "tokens_per_second/")):
             assert log[name] == pytest.approx(expected[name], rel=1e-5), name
-    assert {"letters", "completions/clipped_ratio", "opo/informative_fraction", "num_tokens"} <= expected.keys()
+    assert {"letters", "letters/no_answer", "opo/informative_fraction", "num_tokens"} <= expected.keys()
     assert 0 < expected["completions/clipped_ratio"] < 1
 
 

@@ -57,6 +57,11 @@ def test_the_gradient_is_that_of_a_step_that_is_not_streamed(tmp_path, server, l
     assert [sorted(wave) for wave in waves] == [sorted(list(SCRIPT).index(p) for p in batch) for batch in batches]
 
 
+def length(completions, log_metric, **kwargs):
+    log_metric("length/no_answer", float(sum(len(each) < 3 for each in completions)))
+    return [len(each) / 20 for each in completions]
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -67,7 +72,7 @@ def test_the_gradient_is_that_of_a_step_that_is_not_streamed(tmp_path, server, l
         {"peft_config": LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)},
         {"baseline_weight": "uncertainty"},
         {"baseline_weight": "uncertainty", "vllm_importance_sampling_correction": False},
-        {"reward_funcs": [score, lambda completions, **_: [len(c) / 20 for c in completions]]},
+        {"reward_funcs": [score, length]},
         {"prompt_sampling": "informative", "shuffle_dataset": True},
     ],
     ids=["clipped", "all rows", "more micro-batches than groups", "groups of three", "LoRA", "uncertainty", "forwards",
@@ -130,6 +135,21 @@ def test_a_refill_round_starts_before_the_last_group_of_the_round_before_it_has_
     trainer = streaming_trainer(tmp_path, server, max_refill_rounds=1, train_dataset=prompts(*names), **TWO_PROMPTS)
     trainer.train()
     assert len(script.requests) == 4
+
+
+def test_a_refill_round_that_starts_early_and_gets_the_last_prompt_of_the_dataset_counts(tmp_path, server, caplog):
+    """After the first of two uninformative groups it is known to need two prompts, and one is left."""
+    script = ScriptedServer(server)
+    names = list(SCRIPT)[:3]
+    trainer = streaming_trainer(
+        tmp_path, server, max_refill_rounds=1, train_dataset=prompts(*names), **TWO_PROMPTS,
+        reward_funcs=lambda completions, **kwargs: [0.4] * len(completions),
+    )  # fmt: skip
+    waves = finish_in_batches(trainer, script, [[name] for name in names])
+    assert all((value == 0).all() for value in update_of(trainer).values())
+    assert waves == [[0], [1], [2]]
+    assert (logged(trainer)["rollouts/rounds"], logged(trainer)["rollouts/groups_dropped"]) == (1, 3)
+    assert "none of its 3 groups is informative, after 1 refill round(s)." in caplog.text
 
 
 # ---- Requests

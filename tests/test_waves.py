@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 
+from opo_trl.rollouts.refill_prompts import prompts_needed
 from opo_trl.rollouts.streaming import request_seed
 from opo_trl.rollouts.waves import WaveSchedule
 
@@ -64,6 +65,47 @@ def test_one_micro_batch_is_kept_for_the_last_wave():
     schedule = WaveSchedule(prompts=4, micro_batches=4)
     assert schedule.share(groups=9, used=0, rows=40, last=False) == 3
     assert schedule.share(groups=9, used=3, rows=40, last=False) == 0
+
+
+def evenly(informative, groups):
+    """Whether each of the groups is informative."""
+    return [(i + 1) * informative // groups > i * informative // groups for i in range(groups)]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "first", "second", "at_once"),
+    [
+        (WaveSchedule(prompts=64, micro_batches=64), evenly(32, 64), evenly(36, 64), 1),
+        (WaveSchedule(prompts=64, micro_batches=64), evenly(32, 64), evenly(36, 64), 8),
+        (WaveSchedule(prompts=64, micro_batches=64), evenly(32, 64), [False] * 20 + [True] * 44, 1),
+        (WaveSchedule(prompts=64, micro_batches=64), evenly(32, 64), [True] * 64, 1),
+        (WaveSchedule(prompts=64, micro_batches=64), [False] * 16 + [True] * 48, [True] * 22, 4),
+        (WaveSchedule(prompts=64, micro_batches=3), evenly(32, 64), evenly(44, 64), 1),
+        (WaveSchedule(prompts=8, micro_batches=32), evenly(7, 8), [True] * 2, 1),
+        (WaveSchedule(prompts=16, micro_batches=16, multiple=4), evenly(15, 16), [True] * 4, 4),
+    ],
+)
+def test_the_surplus_of_a_refill_round_is_spread(schedule, first, second, at_once):
+    """No micro-batch has more than twice the groups of one of a step that is not refilled, whatever is scored when."""
+    outcomes = [*first, *second]
+    taken = informative = waiting = used = 0
+    submitted = schedule.prompts
+    while taken < submitted:
+        wave = outcomes[taken : taken + at_once]
+        taken, informative, waiting = taken + len(wave), informative + sum(wave), waiting + sum(wave)
+        if taken <= schedule.prompts:  # as many prompts as are needed however the others of the first round turn out
+            at_most = informative + schedule.prompts - taken
+            needed = prompts_needed(at_most, schedule.prompts, schedule.prompts, schedule.multiple)
+            submitted = schedule.prompts + needed
+        expected = schedule.expected(informative, taken, submitted)
+        last = taken == submitted
+        share = schedule.share(informative, used, 4 * waiting, last, waiting, expected)
+        used += share
+        assert used < schedule.micro_batches or last
+        if share:
+            assert waiting * schedule.micro_batches <= 2 * share * schedule.prompts
+            waiting = 0
+    assert (taken, used, waiting) == (len(outcomes), schedule.micro_batches, 0)
 
 
 def test_no_two_requests_of_a_run_share_a_seed():

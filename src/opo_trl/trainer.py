@@ -138,10 +138,12 @@ class OPOTrainer(
         Return what is subtracted from the rewards: OPO's optimal baseline (arXiv 2505.23585, Eq. 10). To be overridden.
 
         A completion that takes no part, because it is unscorable or has no trainable token, has reward 0 and weight 0.
+        With `max_refill_rounds` it gets the prompts of one round of the step alone, and with `stream_rollouts` those of
+        one wave: what it returns for a prompt must not depend on the other prompts then.
 
         Args:
             rewards (`torch.Tensor` of shape `(P, K)`):
-                Reward of each of the K completions of each of the P prompts of all ranks.
+                Reward of each of the K completions of each of P prompts, of all ranks.
             weights (`torch.Tensor` of shape `(P, K)`, or `(P, K, T)` with `weigh_tokens`):
                 Weight of each completion, or of each of its tokens, as `baseline_weight` says.
 

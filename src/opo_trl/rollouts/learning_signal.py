@@ -70,7 +70,8 @@ def likeliest_cause(logs: Mapping[str, Any], args: Any) -> str:
 
     Args:
         logs (`Mapping[str, Any]`):
-            Metrics as the trainer logs them. Counts such as `math_verify_reward/no_answer` are means over ranks.
+            Metrics as the trainer logs them. Counts such as `math_verify_reward/no_answer` are those of a step, with
+            all of its rounds, as means over ranks.
         args ([`OPOConfig`]):
             The run's configuration.
 
@@ -81,7 +82,9 @@ def likeliest_cause(logs: Mapping[str, Any], args: Any) -> str:
     def value(name: str) -> float:
         return logs[name] if logs.get(name) is not None else math.nan
 
-    rows = args.per_device_train_batch_size * args.steps_per_generation  # of one rank
+    rows = args.per_device_train_batch_size * args.steps_per_generation  # of one rank, in a step
+    if args.max_refill_rounds:  # no group is informative, so this is all that were sampled, refill rounds included
+        rows = value("rollouts/groups_dropped") * args.num_generations / args.world_size
     without_answer = [logs[name] for name in logs if name.endswith("/no_answer") and logs[name] is not None]
     if value("opo/unscorable_fraction") == 1:
         return (
@@ -93,7 +96,7 @@ def likeliest_cause(logs: Mapping[str, Any], args: Any) -> str:
             f"every completion is truncated at max_completion_length={args.max_completion_length}, before its answer. "
             "Raise max_completion_length."
         )
-    if without_answer and min(without_answer) >= rows:
+    if without_answer and min(without_answer) >= rows * (1 - 1e-6):  # both are means over steps, rounded
         return (
             r"no completion states an answer in \boxed{...}. Ask for one in the prompt (opo_trl.data.load_math_dataset "
             "adds such an instruction), or start from a model that was trained to give one."

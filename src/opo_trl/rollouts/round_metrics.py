@@ -8,6 +8,11 @@ import torch
 # Already over all rounds: TRL keeps one number for the run.
 _CUMULATIVE = "num_tokens"
 
+# Ends of the names of what `math_verify_reward` counts, whatever name the reward has. The counts of a step are the sum
+# of those of its rounds or waves: a mean would shrink with their number, and could not be compared with the completions
+# of the step. Other numbers that a reward function logs may be anything, and are pooled as means.
+_COUNTS = ("/restated", "/timeouts", "/crashes", "/no_answer", "/unusable_solutions", "/not_graded")
+
 
 class RoundMetrics:
     """
@@ -55,8 +60,9 @@ def pool_rounds(rounds: Sequence[Mapping[str, float]], sizes: Sequence[int]) -> 
             Completions of each round.
 
     Returns:
-        `dict[str, float]`: Minima and maxima over the rounds, and means weighted by what each number is a mean over:
-        the completions; those that ended by themselves; the tool calls. NaN where it is undefined in every round.
+        `dict[str, float]`: Minima and maxima over the rounds, sums of what `math_verify_reward` counts, and means
+        weighted by what each number is a mean over: the completions; those that ended by themselves; the tool calls.
+        NaN where it is undefined in every round.
     """
     pooled = {}
     for name in dict.fromkeys(name for metrics in rounds for name in metrics):
@@ -73,6 +79,8 @@ def pool_rounds(rounds: Sequence[Mapping[str, float]], sizes: Sequence[int]) -> 
             pooled[name] = min(value for value, _ in counted)
         elif name.startswith("completions/max_"):
             pooled[name] = max(value for value, _ in counted)
+        elif name.endswith(_COUNTS):
+            pooled[name] = sum(value for value, _ in counted)
         else:
             pooled[name] = sum(value * weight for value, weight in counted) / sum(weight for _, weight in counted)
     return pooled

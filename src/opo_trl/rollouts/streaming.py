@@ -223,12 +223,10 @@ class Streaming:
         self._untrained.append(wave)
         informative = wave.rollout.informative_groups.tolist()
         self._informative |= {number for number, each in zip(numbers, informative, strict=True) if each}
-        groups = len(self._taken)
-        if self.refilling is not None:  # which ends with as many informative groups as the step has prompts
+        if self.refilling is not None:
             self._refill(self.refilling)
-            groups = len(self._informative)
         last = len(self._taken) == len(self._prompts)
-        share = self.schedule.share(groups, self._used, self._rows_to_train(), last)
+        share = self._share(last)
         if last:
             self._finish()
         if share:
@@ -238,16 +236,26 @@ class Streaming:
             batch["loss_normalizer"] = self._normalizer
             self._ready.extend(self.plan(batch, share))
 
+    def _share(self, last: bool) -> int:
+        """Micro-batches in which the waves that wait are trained."""
+        taken, rows = len(self._taken), self._rows_to_train()
+        if self.refilling is None:
+            return self.schedule.share(taken, self._used, rows, last)
+        groups = len(self._informative)  # in the end about as many as the step has prompts
+        waiting = sum(int(wave.rollout.informative_groups.sum()) for wave in self._untrained)
+        expected = self.schedule.expected(groups, taken, len(self._prompts))
+        return self.schedule.share(groups, self._used, rows, last, waiting, expected)
+
     def _refill(self, refilling: Refilling) -> None:
         """Submit the prompts of the next round that are known to be needed: all of them once this round is scored."""
         schedule = self.schedule
-        while self._round < refilling.max_rounds and not self._exhausted:
+        while self._round < refilling.max_rounds:
             scored = [number for number in self._taken if number < self._round_end]
             unscored = self._round_end - len(scored)
             at_most = len(self._informative.intersection(scored)) + unscored
             needed = prompts_needed(at_most, self._round_end, schedule.prompts, schedule.multiple)
             missing = needed - (len(self._prompts) - self._round_end)
-            if missing > 0:
+            if missing > 0 and not self._exhausted:
                 self._submit_refill(refilling, missing)
             if unscored or len(self._prompts) == self._round_end:
                 return

@@ -11,7 +11,9 @@ class WaveSchedule:
     Cuts a step's groups into waves, in the order in which they are complete, and its micro-batches into their shares.
 
     A wave ends where a micro-batch's worth of groups does, so that no micro-batch of a wave has more rows than one of a
-    step that is not streamed. It has at least an eighth of the step's groups, unless no other group is generating.
+    step that is not streamed. With refill rounds it has at most twice as many; those of the last wave have more if far
+    more of its groups are informative than was expected. A wave has at least an eighth of the step's groups, unless no
+    other group is generating.
 
     Args:
         prompts (`int`):
@@ -52,7 +54,25 @@ class WaveSchedule:
                 return end - taken if (end - taken) * WAVES >= self.prompts else 0
         return 0
 
-    def share(self, groups: int, used: int, rows: int, last: bool) -> int:
+    def expected(self, informative: int, taken: int, submitted: int) -> int:
+        """
+        Return how many informative groups a step with refill rounds is expected to have besides those of its waves.
+
+        Args:
+            informative (`int`):
+                Informative groups of all waves so far.
+            taken (`int`):
+                Groups of all waves so far.
+            submitted (`int`):
+                Groups of all prompts that are submitted. Further rounds may follow.
+
+        Returns:
+            `int`: Those that the step needs to have as many as prompts; or more, if the prompts that are submitted have
+            the share of informative groups that the waves so far have.
+        """
+        return max(self.prompts - informative, -(-(submitted - taken) * informative // taken))
+
+    def share(self, groups: int, used: int, rows: int, last: bool, waiting: int = 0, expected: int = 0) -> int:
         """
         Return in how many micro-batches every rank trains the rows that wait for it.
 
@@ -65,13 +85,24 @@ class WaveSchedule:
                 Rows that wait, of the rank with the most.
             last (`bool`):
                 Whether no wave follows.
+            waiting (`int`, *optional*, defaults to `0`):
+                With refill rounds, the groups that the rows are of, on the same scale.
+            expected (`int`, *optional*, defaults to `0`):
+                With refill rounds, the groups that are expected to follow. Without them, `prompts` is exact.
 
         Returns:
             `int`: The share of all groups so far that is not used yet, and at most one micro-batch for each row, so
-            that none is without one; at least one is kept for the last wave, which gets all that are left. With 0, the
-            rows are trained together with those of the next wave.
+            that none is without one; at least one is kept for the last wave, which gets all that are left. If groups
+            are expected to follow, those that wait get no more of the micro-batches that are left than their share of
+            both. With 0, the rows are trained together with those of the next wave.
         """
+        left = self.micro_batches - used
         if last:
-            return self.micro_batches - used
-        due = min(groups * self.micro_batches // self.prompts, self.micro_batches - 1)
-        return max(0, min(due - used, rows))
+            return left
+        due = min(groups * self.micro_batches // self.prompts, self.micro_batches - 1) - used
+        if expected:
+            due = min(due, left * waiting // (waiting + expected))
+            # Rather than in micro-batches of more than twice the usual size, they are trained with the next wave.
+            if waiting * self.micro_batches > 2 * due * self.prompts:
+                return 0
+        return max(0, min(due, rows))
