@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from accelerate import PartialState
+from datasets import Dataset
 
 from opo_trl import OPOConfig
 from opo_trl.algorithm.rollout import estimate_advantages
@@ -31,6 +32,7 @@ def test_reward_length_and_baseline_of_each_completion(tmp_path):
     assert list(rows["opo/group"]) == [group for group in range(len(SCRIPT)) for _ in range(GROUP_SIZE)]
     assert set(rows["opo/split"]) == {"train"}
     assert not rows["opo/truncated"].any()
+    assert rows["opo/solution"].isna().all(), "the dataset has none"
     for prompt, group in rows.groupby("prompt"):
         script = dict(SCRIPT[prompt])
         lengths = [len(text) + 1 for text in group["completion"]]  # a token per character, and the end of sequence
@@ -87,6 +89,34 @@ def test_an_evaluation_is_told_apart(tmp_path):
     assert len(rows) == 8
     assert set(rows["opo/split"]) == {"eval"}
     assert rows["opo/tokens"].isna().all()
+
+
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_solutions_are_those_of_their_prompts_where_one_dataset_has_them(tmp_path, split):
+    """The table has the last rows of training, and the fewer ones of the evaluation."""
+
+    def problems(has_solutions, count):
+        prompts = list(SCRIPT)[:count]
+        solutions = {"solution": [f"solution of {prompt}" for prompt in prompts]} if has_solutions else {}
+        return Dataset.from_dict({"prompt": prompts, "answer": ["answer"] * count, **solutions})
+
+    scripted_trainer(
+        tmp_path,
+        train_dataset=problems(split == "train", 6),
+        eval_dataset=problems(split == "eval", 2),
+        eval_strategy="steps",
+        eval_steps=1,
+        num_generations_eval=2,
+        per_device_eval_batch_size=4,
+        **TABLE,
+    ).train()
+    rows = table(tmp_path)
+    assert list(rows["opo/split"]) == ["train"] * 4 + ["eval"] * 4
+    for row in rows.to_dict("records"):
+        if row["opo/split"] == split:
+            assert row["opo/solution"] == f"solution of {row['prompt']}"
+        else:
+            assert pd.isna(row["opo/solution"])
 
 
 def test_the_baseline_of_completions_whose_tokens_have_their_own():

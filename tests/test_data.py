@@ -198,6 +198,23 @@ def test_columns_prompts_and_instruction_can_be_set(tmp_path):
     assert row["solution"] == "4.0"
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"q": "2+2", "gold": "4", "question": "not this", "answer": "nor this"},
+        {"q": "2+2", "answer": "4"},
+        {"problem": "2+2", "gold": "4"},
+        {"problem": "2+2", "answer": "4"},
+    ],
+)
+def test_columns_that_are_not_required_are_replaced_by_known_ones(tmp_path, row):
+    """As the columns of the training set are where an evaluation set has others."""
+    path = write(tmp_path / "rows.jsonl", [row])
+    columns = {"prompt_column": "q", "solution_column": "gold", "instruction": ""}
+    loaded = load_math_dataset(path, require_columns=False, **columns)[0]
+    assert (loaded["prompt"][0]["content"], loaded["solution"]) == ("2+2", "4")
+
+
 def test_further_columns_can_be_kept(tmp_path):
     path = write(tmp_path / "rows.jsonl", [{"problem": "2+2", "answer": "4", "level": 3, "subject": None}])
     row = load_math_dataset(path, keep_columns=["subject", "level", "type"])[0]

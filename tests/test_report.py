@@ -3,11 +3,13 @@
 import builtins
 import itertools
 import json
+import os
 import random
 import re
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import pandas as pd
@@ -15,13 +17,14 @@ import pytest
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
+from opo_trl import OPOConfig
 from opo_trl.report import write_report
 from opo_trl.report.charts import absent, arrange
 from opo_trl.report.findings import RULES, Evidence, evaluate, find
 from opo_trl.report.groups import group_rows
 from opo_trl.report.meanings import MEANINGS, meanings
 from opo_trl.report.metrics import Series, metric_series
-from opo_trl.report.page import describe
+from opo_trl.report.page import SHOWN_SETTINGS, describe
 from opo_trl.report.run_files import choose_steps, read_run
 from opo_trl.scripts import cli
 from spoilt_runs import TITLES, spoilt_run
@@ -82,7 +85,7 @@ def log_of(**series):
 
 
 def test_the_log_that_reaches_furthest_is_read(tmp_path):
-    make_run(tmp_path, log=log_of(reward=[0.0, 1.0]), state="trainer_state.json")
+    make_run(tmp_path, log=log_of(reward=[0.0] * 2), state="trainer_state.json")
     make_run(tmp_path, log=log_of(reward=[0.0] * 3), state="checkpoint-3/trainer_state.json")
     make_run(tmp_path, log=log_of(reward=[0.0] * 10), state="checkpoint-10/trainer_state.json")
     run = read_run(tmp_path)
@@ -90,6 +93,59 @@ def test_the_log_that_reaches_furthest_is_read(tmp_path):
     assert (len(run.log), run.max_steps) == (10, 10)
     (tmp_path / "log.json").write_text(json.dumps(log_of(reward=[0.5] * 12)))
     assert read_run(tmp_path).log_file == tmp_path / "log.json"
+
+
+def dated(folder, **seconds):
+    """Set the times of files; the keys are their kinds."""
+    patterns = {"checkpoints": "checkpoint-*/trainer_state.json", "log": "log.json", "tables": "completions/*"}
+    for kind, second in seconds.items():
+        for path in folder.glob(patterns.get(kind, f"completions/completions_*{kind.removeprefix('table')}.parquet")):
+            os.utime(path, (second, second))
+
+
+def test_a_shorter_run_in_the_directory_of_an_earlier_one_is_read(tmp_path):
+    make_run(tmp_path, {step: make_rows(step) for step in (30, 50, 100)})
+    make_run(tmp_path, log=log_of(reward=[0.1] * 100), state="checkpoint-100/trainer_state.json")
+    entries = [entry for entry in log_of(reward=[0.2] * 50) if entry["step"] % 25 == 0]
+    (tmp_path / "log.json").write_text(json.dumps(entries))
+    dated(tmp_path, checkpoints=100, tables=100, table50=200, log=200)
+    run = read_run(tmp_path)
+    assert run.log_file == tmp_path / "log.json"
+    assert (list(run.tables), run.earlier_tables) == ([50], (30, 100))
+    content = describe(run)
+    assert {group["step"] for group in content["groups"]} == {50}
+    assert content["notes"][0].startswith("2 completions table(s) of an earlier run in this directory are left out")
+    # The same run with checkpoints, of which the last but one is the newest.
+    (tmp_path / "log.json").unlink()
+    make_run(tmp_path, log=entries, state="checkpoint-50/trainer_state.json")
+    assert read_run(tmp_path).log_file == tmp_path / "checkpoint-50" / "trainer_state.json"
+
+
+def test_times_that_a_copy_has_changed_do_not_matter_for_a_single_run(tmp_path):
+    """Nor does a metric that is no number. Tables that were written after the last log of a run that died are kept."""
+    log = log_of(reward=[0.1] * 9 + [float("nan")] + [0.3] * 2)
+    make_run(tmp_path, {step: make_rows(step) for step in (10, 12)})
+    make_run(tmp_path, log=log[:10], state="checkpoint-10/trainer_state.json")
+    (tmp_path / "log.json").write_text(json.dumps(log))
+    dated(tmp_path, log=100, tables=200, checkpoints=300)
+    run = read_run(tmp_path)
+    assert run.log_file == tmp_path / "log.json"
+    assert list(run.tables) == [10, 12]
+    (tmp_path / "log.json").unlink()
+    dated(tmp_path, checkpoints=100)
+    run = read_run(tmp_path)
+    assert run.log_file == tmp_path / "checkpoint-10" / "trainer_state.json"
+    assert list(run.tables) == [10, 12]
+
+
+def test_of_two_runs_in_a_copy_with_equal_times_the_longer_one_is_read(tmp_path):
+    make_run(tmp_path, {5: make_rows(5), 10: make_rows(10)})
+    make_run(tmp_path, log=log_of(reward=[0.1] * 10), state="checkpoint-10/trainer_state.json")
+    (tmp_path / "log.json").write_text(json.dumps(log_of(reward=[0.2] * 5)))
+    dated(tmp_path, log=100, tables=100, checkpoints=100)
+    run = read_run(tmp_path)
+    assert run.log_file == tmp_path / "checkpoint-10" / "trainer_state.json"
+    assert list(run.tables) == [5, 10]
 
 
 @pytest.mark.parametrize(
@@ -331,8 +387,22 @@ def test_each_rule_is_found_or_not_or_could_not_be_evaluated():
     results = [result for _, result in evaluate(Evidence(metric_series(log), []))]
     assert results[0] == "found"
     assert results[1] == "not evaluated: the run has no verdicts of math_verify_reward in its completions"
-    assert results[-2] == "not evaluated: the run has no entropy, logged eight times"
+    assert results[-2] == "not evaluated: the run has no entropy, logged 8 times or more"
     assert results[-1] == "not found"
+    results = [result for _, result in evaluate(Evidence({}, []))]
+    missing = {result.removeprefix("not evaluated: the run has no ") for result in results}
+    assert "opo/informative_fraction or frac_reward_zero_std" in missing
+    assert "opo/unscorable_fraction or rewards in its completions" in missing
+
+
+def test_settings_of_the_header_are_fields_of_the_config():
+    assert set(SHOWN_SETTINGS) <= {field.name for field in fields(OPOConfig)}
+
+
+def test_a_column_of_solutions_without_one_is_not_shown(tmp_path):
+    content = describe(read_run(make_run(tmp_path, {1: make_rows(1, **{"opo/solution": None})})))
+    assert not content["has"]["solution"]
+    assert {group["solution"] for group in content["groups"]} == {None}
 
 
 # ---- The file

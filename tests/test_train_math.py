@@ -5,14 +5,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
+from datasets import Dataset, DatasetDict
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from opo_trl.rewards import math_verify_reward
 from opo_trl.runs.checkpoints import MARKER
 from opo_trl.runs.guarded_functions import RewardError
-from opo_trl.scripts import train_math
+from opo_trl.scripts import reporting, train_math
+from opo_trl.scripts.train_arguments import MathScriptArguments
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 QUICK = [
@@ -125,6 +129,50 @@ def test_training_problems_are_filtered(tmp_path, chat_model_dir, gsm8k, capsys)
     assert "6 problems to train on" in capsys.readouterr().out
 
 
+def load_datasets(**arguments):
+    return train_math.load_datasets(MathScriptArguments(**arguments), 0, True, [math_verify_reward])
+
+
+def test_a_saved_dataset_without_splits_is_not_evaluated_on_its_training_problems(tmp_path, gsm8k):
+    rows = [json.loads(line) for line in Path(gsm8k).read_text().splitlines()]
+    Dataset.from_list(rows).save_to_disk(tmp_path / "one")
+    train, held_out = load_datasets(dataset_name=str(tmp_path / "one"), num_eval_problems=4)
+    assert (len(train), len(held_out)) == (8, 4)
+    assert not {str(prompt) for prompt in train["prompt"]} & {str(prompt) for prompt in held_out["prompt"]}
+    parts = {"train": Dataset.from_list(rows[:7]), "test": Dataset.from_list(rows[7:])}
+    DatasetDict(parts).save_to_disk(tmp_path / "several")
+    train, held_out = load_datasets(dataset_name=str(tmp_path / "several"))
+    assert (len(train), len(held_out)) == (7, 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("HuggingFaceH4/MATH-500", ("HuggingFaceH4/MATH-500", "validation", None)),
+        ("HuggingFaceH4/MATH-500:test", ("HuggingFaceH4/MATH-500", "test", None)),
+        ("EleutherAI/hendrycks_math:test:algebra", ("EleutherAI/hendrycks_math", "test", "algebra")),
+        ("openai/gsm8k", ("openai/gsm8k", "validation", "main")),
+        ("openai/gsm8k:test:socratic", ("openai/gsm8k", "test", "socratic")),
+    ],
+)
+def test_an_evaluation_set_has_its_own_split_and_configuration(monkeypatch, name, expected):
+    loaded = []
+
+    def load(name, split, *, config, prompt_column, require_columns=True, **options):
+        loaded.append((name, split, config, prompt_column, require_columns))
+        return Dataset.from_dict({"prompt": [f"{split} problem"], "solution": ["1"], "id": ["0"]})
+
+    monkeypatch.setattr(train_math, "load_problems", load)
+    load_datasets(
+        dataset_name="openai/gsm8k",
+        dataset_config="main",
+        dataset_test_split="validation",
+        prompt_column="question",
+        eval_dataset_name=name,
+    )
+    assert loaded == [("openai/gsm8k", "train", "main", "question", True), (*expected, "question", False)]
+
+
 def test_lora(tmp_path, chat_model_dir, gsm8k):
     output = tmp_path / "out"
     run("--model_name_or_path", chat_model_dir, "--dataset_name", gsm8k, "--output_dir", output, "--use_peft")
@@ -148,6 +196,25 @@ def test_a_report_measures_the_checkpoint_loaded_back(tmp_path, chat_model_dir, 
     assert (output / "curves.png").stat().st_size > 10_000
     log = json.loads((output / "log.json").read_text())
     assert [entry["step"] for entry in log if "reward" in entry] == [1, 2]
+
+
+def test_a_report_measures_the_revision_that_is_trained(tmp_path, chat_model_dir, gsm8k, monkeypatch):
+    """Also after training, where a directory of an adapter is loaded with its base model."""
+    output, loaded = tmp_path / "out", []
+
+    def recorded(auto_class):
+        def from_pretrained(name, **options):
+            loaded.append((str(name), options["revision"], options["trust_remote_code"]))
+            return auto_class.from_pretrained(name, **options)
+
+        return SimpleNamespace(from_pretrained=from_pretrained)
+
+    monkeypatch.setattr(reporting, "AutoTokenizer", recorded(AutoTokenizer))
+    monkeypatch.setattr(reporting, "AutoModelForCausalLM", recorded(AutoModelForCausalLM))
+    run("--model_name_or_path", chat_model_dir, "--dataset_name", gsm8k, "--output_dir", output, "--report",
+        "--num_eval_problems", 2, "--report_samples", 1, "--max_steps", 1, "--model_revision", "v1",
+        "--trust_remote_code", "true")  # fmt: skip
+    assert loaded == [(str(chat_model_dir), "v1", True)] * 2 + [(str(output), "v1", True)] * 2
 
 
 def test_the_quickstart_is_what_runs_without_arguments(monkeypatch, tmp_path):
@@ -192,6 +259,20 @@ def test_mistakes_are_named_before_a_model_loads(tmp_path, gsm8k, chat_model_dir
 
 def log_of(output):
     return json.loads((output / "log.json").read_text())
+
+
+def test_metrics_without_a_value_are_shown_on_the_console(capsys):
+    """TRL logs None where nothing could be scored. An error on the main process would leave the other ranks waiting."""
+    state = SimpleNamespace(is_world_process_zero=True, global_step=3, max_steps=9)
+    progress = reporting.ConsoleProgress()
+    progress.on_train_begin(None, state, None)
+    capsys.readouterr()
+    progress.on_log(None, state, None, logs={"eval_reward": None})
+    assert capsys.readouterr().out.split() == ["3/9", "held-out", "reward", "-"]
+    progress.on_log(None, state, None, logs={"reward": None, "tokens_per_second/generated": None})
+    assert capsys.readouterr().out.split()[1] == "-"
+    progress.on_log(None, state, None, logs={"eval_reward": 0.5})
+    assert capsys.readouterr().out.endswith("held-out reward 0.500\n")
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,7 @@ def load_math_dataset(
     instruction: str | None = INSTRUCTION,
     system_prompt: str | None = None,
     keep_columns: Sequence[str] = (),
+    require_columns: bool = True,
     require_solution: bool = True,
 ) -> Dataset:
     r"""
@@ -53,7 +54,8 @@ def load_math_dataset(
             Name of a dataset on the Hub; a local `.json`, `.jsonl`, `.parquet` or `.csv` file; or a directory written
             by [`~datasets.Dataset.save_to_disk`].
         split (`str`, *optional*, defaults to `"train"`):
-            Split to load. A local file has only `"train"`.
+            Split to load. A local file has only `"train"`; a saved [`~datasets.Dataset`] has no splits, and all of it
+            is loaded.
         config (`str`, *optional*):
             Configuration of a Hub dataset, such as `"main"` for GSM8K.
         prompt_column (`str`, *optional*):
@@ -66,6 +68,9 @@ def load_math_dataset(
             System message put before each problem.
         keep_columns (`Sequence[str]`, *optional*, defaults to `()`):
             Further columns to keep as they are, such as `level`, where the dataset has them.
+        require_columns (`bool`, *optional*, defaults to `True`):
+            Whether the dataset must have `prompt_column` and `solution_column`. `False` takes the known columns in
+            place of one that it does not have.
         require_solution (`bool`, *optional*, defaults to `True`):
             Whether each problem must have an answer. `False`, for rewards that need none, keeps problems without one,
             with `solution` `None`, and loads datasets without a column of answers.
@@ -88,6 +93,9 @@ def load_math_dataset(
     dataset = None if empty_file else _load(name_or_path, split, config)
     if not dataset:
         raise ValueError(f"A dataset to train on needs at least one row; {name_or_path!r} has none in split {split!r}.")
+    if not require_columns:
+        prompt_column = prompt_column if prompt_column in dataset.column_names else None
+        solution_column = solution_column if solution_column in dataset.column_names else None
     problem_of, answer_of = _readers(dataset, name_or_path, prompt_column, solution_column, require_solution)
     ids = _ids(dataset)
     kept = [column for column in keep_columns if column in dataset.column_names]
@@ -151,6 +159,12 @@ def hold_out(dataset: Dataset, size: int, seed: int) -> tuple[Dataset, Dataset]:
     parts = dataset.train_test_split(test_size=size, seed=seed)
     held_out = {str(prompt) for prompt in parts["test"]["prompt"]}
     return parts["train"].filter(lambda row: str(row["prompt"]) not in held_out), parts["test"]
+
+
+def has_splits(name_or_path: str) -> bool:
+    """Whether a dataset can have a split for evaluation: a local file and a saved `Dataset` cannot."""
+    path = Path(name_or_path)
+    return not (path.is_file() or (path / "dataset_info.json").is_file())
 
 
 def to_plain_text(dataset: Dataset) -> Dataset:

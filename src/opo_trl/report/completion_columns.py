@@ -9,7 +9,7 @@ from ..algorithm.rollout import Rollout
 
 # Added by the trainer, too: only it knows the tokens, and the rows of the dataset.
 TRUNCATED = "opo/truncated"
-SOLUTION = "opo/solution"  # the dataset's column `solution`
+SOLUTION = "opo/solution"  # the dataset's column `solution`; None for a row without one
 
 
 def completion_columns(rollout: Rollout, split: str) -> dict[str, list[Any]]:

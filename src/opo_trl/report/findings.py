@@ -15,7 +15,7 @@ EXPLAINS = 0.9
 # What a rule needs, other than a metric.
 VERDICTS = "verdicts of math_verify_reward in its completions"
 REWARDS = "rewards in its completions"
-EIGHT_TIMES = ", logged eight times"
+SERIES = 8  # logged values from which on first and last quarter are compared
 
 
 class Finding(NamedTuple):
@@ -57,16 +57,24 @@ class Rule(NamedTuple):
             The condition, in words.
         find (`Callable`):
             Decides it.
-        needs (`str`):
-            The metric, or what else the run has to have for the rule to be evaluated.
+        needs (`tuple[str, ...]`):
+            Metrics, or what else a run has: it needs one of them for the rule to be evaluated.
         causes (`tuple[Callable, ...]`, *optional*):
             `find` of the rules whose finding explains this one.
+        least (`int`, *optional*, defaults to `1`):
+            How many values of it the run must have.
     """
 
     text: str
     find: "Callable[[Evidence], Finding | None]"
-    needs: str
+    needs: tuple[str, ...]
     causes: "tuple[Callable[[Evidence], Finding | None], ...]" = ()
+    least: int = 1
+
+    @property
+    def missing(self) -> str:
+        """What a run lacks where the rule is not evaluated, in words."""
+        return " or ".join(self.needs) + (f", logged {self.least} times or more" if self.least > 1 else "")
 
 
 @dataclass(frozen=True)
@@ -99,26 +107,26 @@ class Evidence:
         found = (completion.verdict for completion in self.completions)
         return [verdict for verdict in found if verdict is not None]
 
-    def has(self, needs: str) -> bool:
-        """Whether the run has what a rule needs: see `Rule.needs`."""
-        return any(self._has(each) for each in needs.split(" or "))
+    def has(self, rule: Rule) -> bool:
+        """Whether the run has what a rule needs."""
+        return any(self._count(need) >= rule.least for need in rule.needs)
 
-    def _has(self, need: str) -> bool:
+    def _count(self, need: str) -> int:
+        """How many values of what a rule needs the run has."""
         if need == VERDICTS:
-            return bool(self.verdicts)
+            return len(self.verdicts)
         if need == REWARDS:
-            return any(group.scores() for group in self.trained)
-        name = need.removesuffix(EIGHT_TIMES)
-        return name in self.metrics and len(self.metrics[name].values) >= (8 if need.endswith(EIGHT_TIMES) else 1)
+            return sum(len(group.scores()) for group in self.trained)
+        return len(self.metrics[need].values) if need in self.metrics else 0
 
     def recent(self, name: str) -> float | None:
         """Mean over the last quarter of the logged steps; None for a metric that the run does not have."""
         return last_quarter(self.metrics[name].values) if name in self.metrics else None
 
     def change(self, name: str) -> tuple[float, float] | None:
-        """Means over the first and the last quarter of the logged steps, of a metric that was logged eight times."""
+        """Means over the first and the last quarter of the logged steps, of a metric with `SERIES` values or more."""
         values = self.metrics[name].values if name in self.metrics else []
-        return (first_quarter(values), last_quarter(values)) if len(values) >= 8 else None
+        return (first_quarter(values), last_quarter(values)) if len(values) >= SERIES else None
 
 
 def find(evidence: Evidence) -> list[Finding]:
@@ -152,7 +160,7 @@ def evaluate(evidence: Evidence) -> list[tuple[str, str]]:
     def result(rule: Rule) -> str:
         if rule.find(evidence) is not None:
             return "found"
-        return "not found" if evidence.has(rule.needs) else f"not evaluated: the run has no {rule.needs}"
+        return "not found" if evidence.has(rule) else f"not evaluated: the run has no {rule.missing}"
 
     return [(rule.text, result(rule)) for rule in RULES]
 
@@ -245,8 +253,8 @@ def _unscorable(evidence: Evidence) -> Finding | None:
         return None
     return Finding(
         f"{_percent(share)} of the completions are unscorable",
-        "Every reward function returned None for them, and they are not trained on. Find out why the reward function "
-        "cannot score them.",
+        "Every reward function returned None for them, and they are not trained on.",
+        "Find out why the reward function cannot score them.",
         "unscorable",
     )
 
@@ -287,7 +295,7 @@ def _entropy_collapses(evidence: Evidence) -> Finding | None:
 
 def _gradient_jumps(evidence: Evidence) -> Finding | None:
     steps, norms = evidence.metrics.get("grad_norm", Series([], []))
-    if len(norms) < 8 or not 0 < 10 * median(norms) < max(norms):
+    if len(norms) < SERIES or not 0 < 10 * median(norms) < max(norms):
         return None
     worst = norms.index(max(norms))
     return Finding(
@@ -339,47 +347,50 @@ RULES: Sequence[Rule] = (
     Rule(
         "half of the completions or more are truncated in the last quarter of the logged steps",
         _truncated,
-        "completions/clipped_ratio",
+        ("completions/clipped_ratio",),
     ),
     Rule(
         "math_verify_reward finds no answer in half of the training completions in this report or more",
         _no_answer,
-        VERDICTS,
+        (VERDICTS,),
         (_truncated,),
     ),
     Rule(
         "the reward is the same number for all completions of all logged steps",
         _constant_reward,
-        "reward_std",
+        ("reward_std",),
         (_truncated, _no_answer),
     ),
     Rule(
         "no completion has a reward above 0 in half of the training groups in this report or more",
         _none_positive,
-        REWARDS,
+        (REWARDS,),
         (_truncated, _no_answer, _constant_reward),
     ),
-    Rule("10 % of the completions or more are unscorable", _unscorable, f"opo/unscorable_fraction or {REWARDS}"),
+    Rule("10 % of the completions or more are unscorable", _unscorable, ("opo/unscorable_fraction", REWARDS)),
     Rule(
         "90 % of the completions or more have the advantage 0 in the last quarter of the logged steps",
         _no_signal,
-        "opo/informative_fraction or frac_reward_zero_std",
+        ("opo/informative_fraction", "frac_reward_zero_std"),
         (_truncated, _no_answer, _constant_reward, _none_positive, _unscorable),
     ),
     Rule(
         "the reward of the last quarter is 10 % or more below that of the first (from 8 logged steps on)",
         _reward_falls,
-        f"reward{EIGHT_TIMES}",
+        ("reward",),
+        least=SERIES,
     ),
     Rule(
         "the mean length doubles or halves between the first and the last quarter",
         _length_changes,
-        f"completions/mean_length{EIGHT_TIMES}",
+        ("completions/mean_length",),
+        least=SERIES,
     ),
     Rule(
         "the entropy of the last quarter is at most a tenth of that of the first",
         _entropy_collapses,
-        f"entropy{EIGHT_TIMES}",
+        ("entropy",),
+        least=SERIES,
     ),
-    Rule("the largest gradient norm is more than 10 times the median", _gradient_jumps, f"grad_norm{EIGHT_TIMES}"),
+    Rule("the largest gradient norm is more than 10 times the median", _gradient_jumps, ("grad_norm",), least=SERIES),
 )

@@ -45,8 +45,9 @@ class LoggedCompletions(GRPOTrainer):
         rewards_per_func: torch.Tensor = super()._calculate_rewards(*args, **kwargs)  # (N, F), of all ranks
         if self.log_completions:
             inputs, *_, completion_ids = args
-            if any("solution" in row for row in inputs):
-                self._log_completion_extra(SOLUTION, [_as_text(row.get("solution")) for row in inputs])
+            # Also where no row has one: TRL keeps rows of training and evaluation in one table, and a column that only
+            # some of them have would be shorter than the others.
+            self._log_completion_extra(SOLUTION, [_as_text(row.get("solution")) for row in inputs])
             ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}  # as in the parent's completions/clipped_ratio
             self._log_completion_extra(TRUNCATED, [bool(ids) and ids[-1] not in ends for ids in completion_ids])
         return rewards_per_func

@@ -20,8 +20,8 @@ FILE_NAME = "report.html"
 MAX_COMPLETIONS = 10_000
 # Settings in the header; the others are in a list that opens.
 SHOWN_SETTINGS = (
-    "max_completion_length", "num_generations", "temperature", "learning_rate", "loss_type", "baseline",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "seed",
+    "max_completion_length", "num_generations", "temperature", "learning_rate", "loss_type", "baseline_weight",
+    "length_exponent", "per_device_train_batch_size", "gradient_accumulation_steps", "seed",
 )  # fmt: skip
 _MISSING = (
     "The report needs the package {name}, which is not installed. Install it, or the extra `report`: pip install "
@@ -85,6 +85,11 @@ def describe(run: RunFiles, max_completions: int = MAX_COMPLETIONS, steps: Itera
     if not metrics:
         notes.append(
             "This run has no log. Call `trainer.save_state()` at the end of training, or save a checkpoint, for curves."
+        )
+    if run.earlier_tables:
+        notes.append(
+            f"{len(run.earlier_tables)} completions table(s) of an earlier run in this directory are left out: they "
+            "are older than the log, which does not have their steps."
         )
     functions = list(dict.fromkeys(name for group in groups for each in group.completions for name in each.rewards))
     trained_known = any(each.reward is not None for group in groups for each in group.completions)

@@ -22,6 +22,7 @@ def load_problems(
     system_prompt: str | None = None,
     num_arithmetic: int = 512,
     keep_columns: Sequence[str] = (),
+    require_columns: bool = True,
     require_solution: bool = True,
 ) -> Dataset:
     """Load a dataset's problems: columns `prompt`, `solution` and `id`, and those to keep that it has."""
@@ -38,22 +39,23 @@ def load_problems(
         instruction=instruction,
         system_prompt=system_prompt,
         keep_columns=keep_columns,
+        require_columns=require_columns,
         require_solution=require_solution,
     )
 
 
-def parse_dataset(specification: str) -> tuple[str, str, str | None]:
+def parse_dataset(specification: str, default_split: str = "test") -> tuple[str, str, str | None]:
     """
     Read `NAME`, `NAME:SPLIT` or `NAME:SPLIT:CONFIG` of an evaluation set.
 
-    The split is `test` unless given; a local file has only `train`.
+    The split is `default_split` unless given; a local file has only `train`.
     """
     if Path(specification).exists():
-        return specification, "train" if Path(specification).is_file() else "test", None
+        return specification, "train" if Path(specification).is_file() else default_split, None
     name, *rest = specification.split(":")
     if len(rest) > 2 or not all([name, *rest]):
         raise ValueError(f"A dataset must be given as NAME, NAME:SPLIT or NAME:SPLIT:CONFIG, got {specification!r}.")
-    return name, rest[0] if rest else "test", rest[1] if len(rest) == 2 else None
+    return name, rest[0] if rest else default_split, rest[1] if len(rest) == 2 else None
 
 
 def fit_to_tokenizer(problems: Dataset, tokenizer: object) -> Dataset:

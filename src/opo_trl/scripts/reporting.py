@@ -1,7 +1,6 @@
 """What a run prints and draws: a line per logging step, pass@1 before and after, the curves."""
 
 import json
-import math
 import os
 import subprocess
 import time
@@ -47,15 +46,14 @@ class ConsoleProgress(TrainerCallback):
             done = state.global_step - self.first_step
             left = (time.perf_counter() - self.start) / max(done, 1) * (state.max_steps - state.global_step)
             values = "".join(f"{_number(logs.get(name)):>12}" for name in COLUMNS)
-            phases = "/".join(_number(logs.get(name), 2) for name in PHASES) + "s"
-            rate = f"{logs.get('tokens_per_second/generated', math.nan):.0f}"
+            phases = "/".join(_number(logs.get(name), ".2g") for name in PHASES) + "s"
+            rate = _number(logs.get("tokens_per_second/generated"), ".0f")
             print(
                 f"{state.global_step:5d}/{state.max_steps:<5d}  {values}{left:7.0f}s{phases:>29}{rate:>10}", flush=True
             )
         elif "eval_reward" in logs:
-            print(
-                f"{state.global_step:5d}/{state.max_steps:<5d}  held-out reward {logs['eval_reward']:.3f}", flush=True
-            )
+            reward = _number(logs["eval_reward"], ".3f")
+            print(f"{state.global_step:5d}/{state.max_steps:<5d}  held-out reward {reward}", flush=True)
 
 
 class RunLog(TrainerCallback):
@@ -80,18 +78,32 @@ class RunLog(TrainerCallback):
                 file.write(((",\n" if earlier else "") + json.dumps(entry) + _END).encode())
 
 
-def _number(value: Any, digits: int = 4) -> str:
-    return f"{value:.{digits}g}" if isinstance(value, int | float) else "-"
+def _number(value: Any, form: str = ".4g") -> str:
+    """Format a metric. TRL logs None for one without a value, such as the reward where nothing could be scored."""
+    return f"{value:{form}}" if isinstance(value, int | float) else "-"
 
 
 def measure(
-    model_path: str, problems: Dataset, *, num_samples: int, max_new_tokens: int, temperature: float, seed: int
+    model_path: str,
+    problems: Dataset,
+    *,
+    num_samples: int,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    revision: str = "main",
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Load a saved policy and measure its pass@1 on `problems`, with a 95 % interval over problems."""
-    tokenizer = AutoTokenizer.from_pretrained(model_path, padding_side="left")
+    """
+    Load a policy and measure its pass@1 on `problems`, with a 95 % interval over problems.
+
+    `revision` is that of a model on the Hub, also of the one under an adapter in a directory.
+    """
+    source: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    tokenizer = AutoTokenizer.from_pretrained(model_path, padding_side="left", **source)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype="auto")
+    model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype="auto", **source)
     if torch.cuda.is_available():
         model = model.to("cuda")
     sampled = sample_completions(

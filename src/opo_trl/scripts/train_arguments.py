@@ -21,7 +21,8 @@ class MathScriptArguments(ScriptArguments):
         dataset_name (`str`):
             Name on the Hub; a local .json, .jsonl, .parquet or .csv file; a saved dataset; or `arithmetic`, generated.
         prompt_column (`str`, *optional*):
-            Column of the problem; by default the first of `problem`, `question` and `prompt` that exists.
+            Column of the problem; by default the first of `problem`, `question` and `prompt` that exists. A dataset in
+            `eval_dataset_name` that does not have it is read as by default; likewise `solution_column`.
         solution_column (`str`, *optional*):
             Column of the answer; by default the first of `answer` and `solution`. GSM8K's `####` is understood.
             Needed only if a reward function requires `solution`, or with `--report`.
@@ -30,8 +31,10 @@ class MathScriptArguments(ScriptArguments):
         system_prompt (`str`, *optional*):
             System message put before each problem.
         eval_dataset_name (`str`, *optional*):
-            Where held-out problems come from; by default the split `dataset_test_split` of `dataset_name`, and for a
-            local file problems held out of the training ones.
+            Where held-out problems come from, as `NAME`, `NAME:SPLIT` or `NAME:SPLIT:CONFIG`. The split is
+            `dataset_test_split` unless given; `dataset_config` applies only where `NAME` is `dataset_name`. By default
+            the split `dataset_test_split` of `dataset_name`, and for a local file or a saved dataset without splits
+            problems held out of the training ones.
         num_train_problems (`int`, *optional*):
             Use at most this many problems for training.
         num_eval_problems (`int`, *optional*, defaults to `512`):
@@ -64,7 +67,13 @@ class MathScriptArguments(ScriptArguments):
     solution_column: str | None = field(default=None, metadata={"help": "Column of the answer."})
     instruction: str = field(default=INSTRUCTION, metadata={"help": "Line added to each problem; '' adds nothing."})
     system_prompt: str | None = field(default=None, metadata={"help": "System message put before each problem."})
-    eval_dataset_name: str | None = field(default=None, metadata={"help": "Where held-out problems come from."})
+    eval_dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where held-out problems come from (NAME, NAME:SPLIT, NAME:SPLIT:CONFIG). The split is "
+            "dataset_test_split unless given; prompt_column and solution_column apply where it has them."
+        },
+    )
     num_train_problems: int | None = field(default=None, metadata={"help": "Train on at most this many problems."})
     num_eval_problems: int = field(default=512, metadata={"help": "Number of held-out problems."})
     deduplicate_against: list[str] | None = field(

@@ -50,6 +50,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from .. import OPOConfig, OPOTrainer
 from ..data import drop_by_pass_rate, drop_overlapping, hold_out
+from ..data.loading import has_splits
 from ..evaluation import pass_rates
 from ..evaluation.records_file import read_records
 from ..on_policy.preflight import check_model_directory, explain_missing_model
@@ -82,11 +83,11 @@ def load_datasets(
     parameters = column_parameters(reward_funcs)
     require_solution = parameters.pop("solution", False) or script_args.report
 
-    def load(source: str, split: str, num_arithmetic: int = eval_size) -> Dataset:
+    def load(source: str, split: str, config: str | None, num_arithmetic: int = eval_size, **options: bool) -> Dataset:
         return load_problems(
             source,
             split,
-            config=script_args.dataset_config,
+            config=config,
             prompt_column=script_args.prompt_column,
             solution_column=script_args.solution_column,
             instruction=script_args.instruction,
@@ -94,17 +95,21 @@ def load_datasets(
             num_arithmetic=num_arithmetic,
             keep_columns=[column for column in parameters if column not in ("prompt", "id")],
             require_solution=require_solution,
+            **options,
         )
 
-    test_split = script_args.dataset_test_split
-    train = load(name, script_args.dataset_train_split, script_args.num_train_problems or 8_000)
+    config, test_split = script_args.dataset_config, script_args.dataset_test_split
+    train = load(name, script_args.dataset_train_split, config, script_args.num_train_problems or 8_000)
     held_out = None
     if with_eval:
-        other = script_args.eval_dataset_name
-        if other is not None:
-            held_out = load(other, "train" if Path(other).is_file() else test_split)
-        elif not Path(name).is_file():
-            held_out = load(name, test_split)
+        if script_args.eval_dataset_name is not None:
+            other, split, own_config = parse_dataset(script_args.eval_dataset_name, test_split)
+            if own_config is None and other == name:
+                own_config = config
+            # The columns on the command line are those of the training set, and perhaps of this one.
+            held_out = load(other, split, own_config, require_columns=False)
+        elif has_splits(name):
+            held_out = load(name, test_split, config)
         if held_out is None:
             train, held_out = hold_out(train, eval_size, seed)
         else:
@@ -248,6 +253,8 @@ def main(arguments: list[str] | None = None, setup: SetupPhase | None = None) ->
         max_new_tokens=training_args.max_completion_length,
         temperature=training_args.temperature,
         seed=training_args.seed,
+        revision=model_args.model_revision,
+        trust_remote_code=training_args.trust_remote_code,
     )
     before = None
     if script_args.report:
@@ -267,12 +274,19 @@ def main(arguments: list[str] | None = None, setup: SetupPhase | None = None) ->
         assert eval_dataset is not None
         facts = {"n": len(eval_dataset), "samples_per_problem": script_args.report_samples}
         summary = make_report(measure_pass_at_1, before, trainer, start, **facts)
+    failed_push: PushError | None = None
     if training_args.push_to_hub:
         name = script_args.dataset_name
-        trainer.push_to_hub(dataset_name="generated arithmetic" if name == EMBEDDED_DATASET else name)
-        trainer.accelerator.print(f"pushed to https://huggingface.co/{trainer.hub_model_id}")
+        try:
+            trainer.push_to_hub(dataset_name="generated arithmetic" if name == EMBEDDED_DATASET else name)
+            trainer.accelerator.print(f"pushed to https://huggingface.co/{trainer.hub_model_id}")
+        except PushError as error:  # on all ranks
+            failed_push = error
     if trainer.accelerator.is_main_process:
         report_at_end(training_args.output_dir)  # after the push: a report of megabytes belongs to no model repository
+    if failed_push is not None:
+        trainer.accelerator.wait_for_everyone()  # a launcher ends the main process once another one has failed
+        raise failed_push
     trainer.end()
     return summary
 
