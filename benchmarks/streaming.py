@@ -1,7 +1,7 @@
 """
 Step time with and without streaming, against a real vLLM server: server on one core of the CPU, trainer on another.
 
-    .venv-vllm/bin/python benchmarks/streaming.py           # a table, and results/streaming.json; about 20 minutes
+    .venv-vllm/bin/python benchmarks/streaming.py           # a table, and results/streaming.json; 20 to 25 minutes
     .venv-vllm/bin/python benchmarks/streaming.py --quick   # that it runs: both on one core, nothing is written
 
 Both variants train the same policy with the same server and settings: `stream_rollouts=False` waits for all

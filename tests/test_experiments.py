@@ -114,7 +114,7 @@ def test_the_measured_bias_is_that_of_enumeration():
         mean += probability * sum((r - baseline) * (right if r else wrong) for r in pair) / 2
     expected_scale = (mean @ gradient / (gradient @ gradient)).item()
 
-    count = 4096
+    count = 2048
     rewards = (torch.arange(count) < share * count).double()
     gradients = torch.where(rewards.unsqueeze(1) == 1, right, wrong)
     facts = Completions(rewards, 1 + 2 * rewards, *[torch.ones(count).double()] * 4)

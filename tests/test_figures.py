@@ -14,6 +14,7 @@ from planning import page_table as planning_table
 from row_traffic import count as count_traffic
 from row_traffic import page_sentence as traffic_sentence
 from row_traffic import page_table as traffic_table
+from streaming import table as streaming_table
 from streaming_simulation import page_table as simulation_table
 from time_report import faster_grpo, final_table
 from time_report import page_tables as time_tables
@@ -371,6 +372,17 @@ def test_the_time_to_an_accuracy():
     assert "OPO takes {:.0f} steps, and {:.0f} with both".format(*steps) in words
     in_readme = f"GRPO takes {opo['mean']:.1f}x ({opo['low']:.1f} to {opo['high']:.1f}) as many seconds as OPO"
     assert in_readme in " ".join(README.split())
+
+
+def test_streaming():
+    measured = results("streaming")
+    text = page("streaming")
+    assert streaming_table(measured["cases"]) in text
+    words = " ".join(text.split())
+    hidden = [case["hidden"] for case in measured["cases"].values()]
+    assert f"hides {min(hidden):.0%} to {max(hidden):.0%} of rewards and update".replace("%", " %") in words
+    to_reward = measured["cases"]["4 layers, lengths vary between prompts"]["time_to_reward"]
+    assert f"{to_reward['ratio']:.2f} times as long without streaming" in words
 
 
 def test_opo_against_grpo():

@@ -178,6 +178,7 @@ def test_a_stored_prompt_is_read_back(tmp_path):
         assert torch.allclose(one, other, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_measurement_resumes_from_the_prompts_that_are_stored(tmp_path, monkeypatch):
     arguments = Namespace(
         task="arithmetic", dataset=None, prompts=2, samples=8, max_new_tokens=40, batch_size=8, seed=0, raw_dir=tmp_path

@@ -332,6 +332,12 @@ def test_rules_on_the_log(series, title):
     assert titles(**series) == ([] if title is None else [title])
 
 
+def test_unscorable_completions_can_be_shown():
+    (finding,) = find(Evidence(metric_series(log_of(opo__unscorable_fraction=[0.0, 0.25])), []))
+    assert finding.filter == "unscorable"
+    assert finding.advice == "Find out why the reward function cannot score them."
+
+
 def test_rules_on_completions():
     half = [
         *make_rows(1, groups=1, scored=0.0, verdict="no answer"),

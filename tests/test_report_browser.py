@@ -11,7 +11,11 @@ from spoilt_runs import TITLES, spoilt_run
 from test_report import log_of, make_rows, make_run
 
 pytest.importorskip("plotly", reason="the report needs plotly: pip install plotly")
-pytestmark = pytest.mark.skipif(not is_available(), reason=MISSING)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.xdist_group("browser"),  # they share one
+    pytest.mark.skipif(not is_available(), reason=MISSING),
+]
 
 HOSTILE = "</script><script>document.title = 'taken over'</script><img src=x onerror=\"document.title='taken over'\">"
 ALL_ROWS = """
