@@ -374,6 +374,15 @@ def test_the_time_to_an_accuracy():
     assert in_readme in " ".join(README.split())
 
 
+def test_the_cost_of_a_draw():
+    sizes = results("prompt_draw")["sizes"]
+    least, most = (1000 * sizes[place]["cpu_seconds"] for place in (0, -1))
+    assert (sizes[0]["prompts"], sizes[-1]["prompts"]) == (1_000, 1_000_000)
+    words = " ".join(page("choosing_prompts").split())
+    expected = f"{least:.1f} ms of CPU time with 1,000 prompts to choose from and {most:.0f} ms with a million"
+    assert f"takes {expected}" in words
+
+
 def test_streaming():
     measured = results("streaming")
     text = page("streaming")
