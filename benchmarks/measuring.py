@@ -51,6 +51,17 @@ def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def crossing(places: Sequence[float], accuracies: Sequence[float], target: float) -> float | None:
+    """Where an accuracy first reaches the target, interpolated linearly; `None` if it never does."""
+    for at, (place, accuracy) in enumerate(zip(places, accuracies, strict=True)):
+        if accuracy >= target:
+            if at == 0:
+                return place
+            share = (target - accuracies[at - 1]) / (accuracy - accuracies[at - 1])
+            return places[at - 1] + share * (place - places[at - 1])
+    return None
+
+
 def sample_records(
     model: Any,
     tokenizer: Any,

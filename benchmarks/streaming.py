@@ -42,7 +42,7 @@ import torch
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
-from measuring import RESULTS, markdown_table, provenance
+from measuring import RESULTS, crossing, markdown_table, provenance
 from opo_trl import OPOConfig, OPOTrainer
 from random_models import VOCABULARY, word_tokenizer
 from vllm_servers import VllmServer
@@ -215,22 +215,18 @@ def run_steps(trainer: OPOTrainer) -> list[dict[str, float]]:
     ]
 
 
-def seconds_to(target: float, steps: list[dict[str, float]]) -> float:
-    """Training time before a reward is reached, interpolated between steps; a step's reward is that of its start."""
-    seconds, before = 0.0, steps[0]["reward"]
-    for step, following in itertools.pairwise(steps):
-        reward = following["reward"]
-        if reward >= target:
-            return seconds + step["step"] * (target - before) / (reward - before)
-        seconds, before = seconds + step["step"], reward
-    raise ValueError(f"the reward {target} was not reached in {len(steps)} steps")
-
-
 def time_to_reward(steps: dict[str, list[dict[str, float]]]) -> dict[str, float]:
-    """Times of both variants to half of the smaller gain."""
-    start = statistics.mean(taken[0]["reward"] for taken in steps.values())
-    target = (start + min(taken[-1]["reward"] for taken in steps.values())) / 2
-    plain, streamed = (seconds_to(target, steps[variant]) for variant in ("plain", "streamed"))
+    """Training times of both variants to half of the smaller gain; a step's reward is that of its start."""
+    rewards = {variant: [step["reward"] for step in taken] for variant, taken in steps.items()}
+    start = statistics.mean(each[0] for each in rewards.values())
+    target = (start + min(each[-1] for each in rewards.values())) / 2
+    found = {}
+    for variant, taken in steps.items():
+        begins = list(itertools.accumulate((step["step"] for step in taken[:-1]), initial=0.0))
+        found[variant] = crossing(begins, rewards[variant], target)
+    plain, streamed = found["plain"], found["streamed"]
+    if plain is None or streamed is None:
+        raise ValueError(f"both variants must reach the reward {target}, got {rewards}; run more rounds")
     return {"target": target, "plain": plain, "streamed": streamed, "ratio": plain / streamed}
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from scipy.stats import t as student_t
 
 from figures import COLORS, GREY, figure
-from measuring import markdown_table
+from measuring import crossing, markdown_table
 
 TITLES = {
     "grpo": "GRPO",
@@ -29,17 +29,6 @@ def smooth(values: Sequence[float], width: int) -> list[float]:
     """Centred mean of `width` neighbours, of those that there are at the ends."""
     reach = width // 2
     return [statistics.fmean(values[max(at - reach, 0) : at + reach + 1]) for at in range(len(values))]
-
-
-def crossing(places: Sequence[float], accuracies: Sequence[float], target: float) -> float | None:
-    """Where an accuracy first reaches the target, interpolated linearly; `None` if it never does."""
-    for at, (place, accuracy) in enumerate(zip(places, accuracies, strict=True)):
-        if accuracy >= target:
-            if at == 0:
-                return place
-            share = (target - accuracies[at - 1]) / (accuracy - accuracies[at - 1])
-            return places[at - 1] + share * (place - places[at - 1])
-    return None
 
 
 def accuracies_of(curve: Curve, width: int) -> list[float]:

@@ -8,13 +8,13 @@ import torch
 
 import opo_vs_grpo
 import time_to_accuracy
+from measuring import crossing
 from opo_trl.scripts.arithmetic import split_of
 from opo_vs_grpo import Job, complete
 from time_report import (
     AXES,
     GRPO,
     TITLES,
-    crossing,
     crossings_of,
     faster_grpo,
     geometric_interval,
