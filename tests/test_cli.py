@@ -225,6 +225,7 @@ def test_a_training_without_a_model_or_problems_is_not_launched(monkeypatch, cap
     assert len(launched) == 4
 
 
+@pytest.mark.slow
 def test_train_runs_outside_of_a_checkout(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["train", "--cpu", *TINY, "--output_dir", "run"]) == 0

@@ -44,13 +44,22 @@ SERVERS = {
 }
 
 
+pytestmark = pytest.mark.xdist_group("distributed")  # they share what pairs of processes leave
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """All cases in one pair of processes: their start costs more than the training. Returns outcomes and folder."""
+    """The quick cases in one pair of processes, whose start costs more than the training: outcomes and folder."""
     directory = tmp_path_factory.mktemp("ddp")
-    cases = [*QUICK, *EVALUATIONS, *SELF_TESTS, *STOPPED, *BAD_NUMBERS, *PREEMPTED]
+    return two_processes("ddp", [*QUICK, *STOPPED, *STREAMED], directory), directory
+
+
+@pytest.fixture(scope="module")
+def slow_runs(tmp_path_factory):
+    """The other cases in one more pair of processes."""
+    directory = tmp_path_factory.mktemp("ddp")
+    cases = [*EVALUATIONS, *SELF_TESTS, *BAD_NUMBERS, *PREEMPTED, *INTERRUPTED]
     cases += ["infinite on one rank", "math reward", "streamed evaluation", FULL_DISK, "server", *SERVERS]
-    cases += [*STREAMED, *INTERRUPTED]
     cases += [SETUP, EVALUATION, "saved by two", "resumed by two"]
     sampling_trainer(directory / "saved by one", tiny_model()).train()
     checkpoint = directory / SETUP / "run" / "checkpoint-1"
@@ -113,28 +122,32 @@ def test_what_goes_wrong_on_one_rank_is_raised_on_both_with_one_message(runs, ca
     assert STOPPED[case] in messages[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", SELF_TESTS)
-def test_an_engine_is_judged_by_all_ranks_together(runs, case):
-    messages = [(runs[1] / case / f"message.{rank}").read_text() for rank in (0, 1)]
+def test_an_engine_is_judged_by_all_ranks_together(slow_runs, case):
+    messages = [(slow_runs[1] / case / f"message.{rank}").read_text() for rank in (0, 1)]
     assert messages[0] == messages[1]
     assert SELF_TESTS[case] in messages[0]
 
 
-def test_a_streamed_evaluation_set_has_no_pass_at_k_and_evaluates(runs):
-    metrics = json.loads((runs[1] / "streamed evaluation" / "metrics.json").read_text())
+@pytest.mark.slow
+def test_a_streamed_evaluation_set_has_no_pass_at_k_and_evaluates(slow_runs):
+    metrics = json.loads((slow_runs[1] / "streamed evaluation" / "metrics.json").read_text())
     assert "eval_reward" in metrics
     assert not any("pass@" in name for name in metrics)
 
 
-def test_an_infinite_reward_on_one_rank_stops_both_with_the_same_message(runs):
-    messages = [(runs[1] / "infinite on one rank" / f"message.{rank}").read_text() for rank in (0, 1)]
+@pytest.mark.slow
+def test_an_infinite_reward_on_one_rank_stops_both_with_the_same_message(slow_runs):
+    messages = [(slow_runs[1] / "infinite on one rank" / f"message.{rank}").read_text() for rank in (0, 1)]
     assert messages[0] == messages[1]
     assert "'infinite_on_one_rank' returned inf for row 10 of the rollout batch" in messages[0]
 
 
-def test_the_math_reward_on_two_ranks(runs):
+@pytest.mark.slow
+def test_the_math_reward_on_two_ranks(slow_runs):
     """Each has workers of its own, and both log the same: every row's verdict, and means over the ranks."""
-    logged = [json.loads((runs[1] / "math reward" / f"logged.{rank}").read_text()) for rank in (0, 1)]
+    logged = [json.loads((slow_runs[1] / "math reward" / f"logged.{rank}").read_text()) for rank in (0, 1)]
     assert logged[0] == logged[1]
     rows = len(logged[0]["verdicts"]) // 2
     assert logged[0]["verdicts"] == ["wrong", "right"] * (rows // 2) + ["too slow", "right"] * (rows // 2)
@@ -145,11 +158,12 @@ def test_the_math_reward_on_two_ranks(runs):
     assert metrics["reward"] == 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", EVALUATIONS)
-def test_pass_at_k_counts_each_problem_once(runs, tmp_path, case):
+def test_pass_at_k_counts_each_problem_once(slow_runs, tmp_path, case):
     """Against enumeration of the script, with one process and with two, whatever fills up the last batch."""
     problems, completions, _ = EVALUATIONS[case]
-    two = json.loads((runs[1] / case / "metrics.json").read_text())
+    two = json.loads((slow_runs[1] / case / "metrics.json").read_text())
     one = evaluating_trainer(case, tmp_path, processes=1).evaluate()
     # The rewards are those of the script's first problems, in the order of the dataset's sampler: a mean, in any order.
     correct = [[reward == 1 for _, reward in rows[:completions]] for rows in list(SCRIPT.values())[:problems]]
@@ -161,18 +175,20 @@ def test_pass_at_k_counts_each_problem_once(runs, tmp_path, case):
     assert f"eval_pass@{completions + 1}" not in one
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", SERVERS)
-def test_a_server_that_fails_is_raised_on_both_ranks_with_one_message(runs, case):
+def test_a_server_that_fails_is_raised_on_both_ranks_with_one_message(slow_runs, case):
     """Only the main process knows: without agreement the other one waits in the collective that brings completions."""
-    messages = [(runs[1] / case / f"message.{rank}").read_text() for rank in (0, 1)]
+    messages = [(slow_runs[1] / case / f"message.{rank}").read_text() for rank in (0, 1)]
     assert messages[0] == messages[1]
     assert SERVERS[case] in messages[0]
     if case != "server without extension":
-        assert latest_complete(runs[1] / case)[0].name == "checkpoint-1", "of the step before"
+        assert latest_complete(slow_runs[1] / case)[0].name == "checkpoint-1", "of the step before"
 
 
-def test_a_server_samples_for_both_ranks_from_the_weights_that_they_train(runs):
-    folder = runs[1] / "server"
+@pytest.mark.slow
+def test_a_server_samples_for_both_ranks_from_the_weights_that_they_train(slow_runs):
+    folder = slow_runs[1] / "server"
     assert [(folder / f"message.{rank}").read_text() for rank in (0, 1)] == ["trained", "trained"]
     served = torch.load(folder / "served.pt")
     for rank in (0, 1):
@@ -183,77 +199,95 @@ def test_a_server_samples_for_both_ranks_from_the_weights_that_they_train(runs):
             assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("case", [*STREAMED, *(case for case in INTERRUPTED if "dies" not in case)])
-def test_a_streamed_step_of_two_ranks_has_the_gradient_of_one_that_is_not_streamed(runs, tmp_path, case):
-    """Also after a step that has failed in its middle: nothing of it is left."""
+def check_streamed(runs, tmp_path, case):
+    """The gradient, and waves that are the same on both ranks."""
+    outcomes, directory = runs
     plain = plain_update(tmp_path, **STREAMED.get(case, {}))
-    assert relative_error(streamed_update(runs[0][case].weights), plain) < 2e-6
-    waves = [json.loads((runs[1] / case / f"waves.{rank}").read_text()) for rank in (0, 1)]
+    assert relative_error(streamed_update(outcomes[case].weights), plain) < 2e-6
+    waves = [json.loads((directory / case / f"waves.{rank}").read_text()) for rank in (0, 1)]
     assert waves[0] == waves[1]
 
 
+@pytest.mark.parametrize("case", STREAMED)
+def test_a_streamed_step_of_two_ranks_has_the_gradient_of_one_that_is_not_streamed(runs, tmp_path, case):
+    check_streamed(runs, tmp_path, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [case for case in INTERRUPTED if "dies" not in case])
+def test_a_streamed_step_that_fails_leaves_nothing_to_the_next_one(slow_runs, tmp_path, case):
+    check_streamed(slow_runs, tmp_path, case)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("case", INTERRUPTED)
-def test_what_ends_a_streamed_step_is_raised_on_both_ranks_with_one_message(runs, case):
-    messages = [(runs[1] / case / f"message.{rank}").read_text() for rank in (0, 1)]
+def test_what_ends_a_streamed_step_is_raised_on_both_ranks_with_one_message(slow_runs, case):
+    messages = [(slow_runs[1] / case / f"message.{rank}").read_text() for rank in (0, 1)]
     assert messages[0] == messages[1]
     assert INTERRUPTED[case] in messages[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", PREEMPTED)
-def test_a_rank_that_is_asked_to_stop_stops_all_and_they_go_on_to_the_same_bits(runs, case):
+def test_a_rank_that_is_asked_to_stop_stops_all_and_they_go_on_to_the_same_bits(slow_runs, case):
     """In the middle of the second epoch."""
     for rank in (0, 1):
-        ended = json.loads((runs[1] / case / f"ended.{rank}").read_text())
+        ended = json.loads((slow_runs[1] / case / f"ended.{rank}").read_text())
         assert "must be a checkpoint's directory, got 'not-there'" in ended.pop("refusal")
         expected = {"code": 75, "step": 5, "same bits": True, "last step": 8, "refills": "refilled" in case}
         assert ended == expected
-    asked = runs[1] / case / "asked"
+    asked = slow_runs[1] / case / "asked"
     assert incomplete_reason(asked / "checkpoint-5") is None
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= {path.name for path in (asked / "checkpoint-5").iterdir()}
 
 
-def test_a_run_that_is_resumed_by_another_number_of_processes_takes_the_same_prompts(runs, tmp_path, caplog):
+@pytest.mark.slow
+def test_a_run_that_is_resumed_by_another_number_of_processes_takes_the_same_prompts(slow_runs, tmp_path, caplog):
     """From two to one and from one to two, in the middle of the second epoch; every step, not just every epoch."""
-    two = json.loads((runs[1] / "saved by two" / "prompts.json").read_text())
-    resumed_by_two = json.loads((runs[1] / "resumed by two" / "prompts.json").read_text())
+    two = json.loads((slow_runs[1] / "saved by two" / "prompts.json").read_text())
+    resumed_by_two = json.loads((slow_runs[1] / "resumed by two" / "prompts.json").read_text())
     trainer = sampling_trainer(tmp_path, tiny_model())
     resumed_by_one = prompts_of_each_step(trainer)
-    trainer.train(resume_from_checkpoint=str(runs[1] / "saved by two" / f"checkpoint-{RESUMED_FROM}"))
+    trainer.train(resume_from_checkpoint=str(slow_runs[1] / "saved by two" / f"checkpoint-{RESUMED_FROM}"))
     assert len(two) == 8
     assert [list(step) for step in resumed_by_one] == resumed_by_two == two[RESUMED_FROM:]
     assert "saved by 2 process(es) and is resumed by 1: each step takes the prompts" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", BAD_NUMBERS)
-def test_a_bad_number_on_one_rank_stops_both_before_anything_is_saved(runs, case):
-    check_bad_number(runs[1] / case)
+def test_a_bad_number_on_one_rank_stops_both_before_anything_is_saved(slow_runs, case):
+    check_bad_number(slow_runs[1] / case)
 
 
-def test_a_full_disk_on_one_rank_is_said_on_both_and_costs_no_checkpoint(runs):
-    messages = [(runs[1] / FULL_DISK / f"message.{rank}").read_text() for rank in (0, 1)]
+@pytest.mark.slow
+def test_a_full_disk_on_one_rank_is_said_on_both_and_costs_no_checkpoint(slow_runs):
+    messages = [(slow_runs[1] / FULL_DISK / f"message.{rank}").read_text() for rank in (0, 1)]
     assert "checkpoint-2 could not be saved: another rank failed" in messages[0]
     assert "checkpoint-2 could not be saved: [Errno 28] No space left on device" in messages[1]
     assert all("checkpoint-1 is complete: free space and resume from it" in message for message in messages)
-    assert latest_complete(runs[1] / FULL_DISK)[0].name == "checkpoint-1"
+    assert latest_complete(slow_runs[1] / FULL_DISK)[0].name == "checkpoint-1"
 
 
-def test_an_error_of_the_setup_on_one_rank_is_raised_on_both(runs):
+@pytest.mark.slow
+def test_an_error_of_the_setup_on_one_rank_is_raised_on_both(slow_runs):
     """The main process decides what to resume, and prints for both."""
-    results = [json.loads((runs[1] / SETUP / f"results.{rank}").read_text()) for rank in (0, 1)]
+    results = [json.loads((slow_runs[1] / SETUP / f"results.{rank}").read_text()) for rank in (0, 1)]
     assert results[0] == results[1]
     message, found, refused = results[0]
     assert message == "problems.jsonl is not on this machine (on rank 1)"
-    assert found == str(runs[1] / SETUP / "run" / "checkpoint-1")
+    assert found == str(slow_runs[1] / SETUP / "run" / "checkpoint-1")
     assert "needs a complete checkpoint in" in refused
-    printed = [(runs[1] / SETUP / f"printed.{rank}").read_text() for rank in (0, 1)]
+    printed = [(slow_runs[1] / SETUP / f"printed.{rank}").read_text() for rank in (0, 1)]
     assert [text.count("using use_cpu=True") for text in printed] == [1, 0]
 
 
-def test_an_interrupted_evaluation_is_continued_on_two_ranks_to_the_records_of_one(runs, tmp_path):
+@pytest.mark.slow
+def test_an_interrupted_evaluation_is_continued_on_two_ranks_to_the_records_of_one(slow_runs, tmp_path):
     summary = evaluate_on_one_thread(tmp_path)
-    assert files(runs[1] / EVALUATION) == files(tmp_path)
-    assert not list((runs[1] / EVALUATION).rglob("*.part-*"))
-    continued = json.loads((runs[1] / EVALUATION / "summary.json").read_text())
+    assert files(slow_runs[1] / EVALUATION) == files(tmp_path)
+    assert not list((slow_runs[1] / EVALUATION).rglob("*.part-*"))
+    continued = json.loads((slow_runs[1] / EVALUATION / "summary.json").read_text())
     assert continued["models"] == summary["models"]
     assert continued["processes"] == 2
     assert 0.2 < summary["models"]["tiny_policy"]["arithmetic"]["pass@1"]["mean"] < 0.7

@@ -25,6 +25,8 @@ QUOTA = (
     Fault("POST /api/models/alice/quota/commit", 503, "Service unavailable", first=2, times=1),
 )
 
+pytestmark = pytest.mark.xdist_group("hub")  # they share what one process has pushed
+
 
 def environment(hub, home, **variables):
     """Of a process that knows no other Hub than the stand-in."""
@@ -95,6 +97,7 @@ def below(files, folder):
     }
 
 
+@pytest.mark.slow
 def test_every_save_leaves_the_folder_on_the_hub(pushed):
     hub, output_dir, results = pushed
     assert results["every_save"]["result"] == {"step": 8, "failures": []}, "a short outage is none"
@@ -111,6 +114,7 @@ def test_every_save_leaves_the_folder_on_the_hub(pushed):
     )
 
 
+@pytest.mark.slow
 def test_a_plain_grpo_trainer_with_reliable_runs_pushes(pushed):
     hub, output_dir, results = pushed
     assert results["plain"]["result"] == {"step": 8, "failures": []}
@@ -123,6 +127,7 @@ def test_a_plain_grpo_trainer_with_reliable_runs_pushes(pushed):
     assert not any(b"hf_writer" in content for content in repository.files.values())
 
 
+@pytest.mark.slow
 def test_the_last_checkpoint_on_the_hub_is_whole(pushed, tmp_path):
     hub, output_dir, results = pushed
     assert results["checkpoint"]["result"] == {"step": 8, "failures": []}
@@ -134,6 +139,7 @@ def test_the_last_checkpoint_on_the_hub_is_whole(pushed, tmp_path):
     assert len(repository.commits) == 5
 
 
+@pytest.mark.slow
 def test_every_checkpoint_arrives_even_with_room_for_one(pushed):
     hub, output_dir, results = pushed
     assert results["every_checkpoint"]["result"] == {"step": 8, "failures": []}
@@ -146,6 +152,7 @@ def test_every_checkpoint_arrives_even_with_room_for_one(pushed):
     assert [path.name for path in (output_dir / "every_checkpoint").glob("checkpoint-*")] == ["checkpoint-8"]
 
 
+@pytest.mark.slow
 def test_the_strategy_end_sends_nothing_before_it_is_asked(pushed):
     hub, output_dir, results = pushed
     repository = hub.repositories["alice/end"]
@@ -154,6 +161,7 @@ def test_the_strategy_end_sends_nothing_before_it_is_asked(pushed):
     assert results["end"]["result"]["url"].endswith(repository.commits[-1].oid)
 
 
+@pytest.mark.slow
 def test_no_checkpoint_is_deleted_on_its_way_and_the_last_one_arrives(pushed):
     """With transformers, the checkpoint is gone before its turn comes, and no later save is sent."""
     hub, output_dir, results = pushed
@@ -165,6 +173,7 @@ def test_no_checkpoint_is_deleted_on_its_way_and_the_last_one_arrives(pushed):
     assert len(repository.commits) < 1 + 2 * 8, "nothing was skipped: this proves nothing"
 
 
+@pytest.mark.slow
 def test_a_push_that_fails_is_warned_about_and_repeated_and_costs_no_file(pushed):
     hub, output_dir, results = pushed
     result, log = results["quota"]["result"], results["quota"]["log"]
@@ -190,6 +199,7 @@ def test_a_push_that_fails_is_warned_about_and_repeated_and_costs_no_file(pushed
         assert incomplete_reason(output_dir / "quota" / f"checkpoint-{step}") is None
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_the_hub_to_the_same_bits(pushed):
     hub, _, results = pushed
     assert results["interrupted_and_resumed"]["result"] == {
@@ -203,6 +213,7 @@ def test_a_run_goes_on_from_the_hub_to_the_same_bits(pushed):
     assert json.loads(state)["global_step"] == 8
 
 
+@pytest.mark.slow
 def test_who_is_asked_to_stop_saves_and_does_not_push(pushed):
     """Nor does it wait for an upload that is under way."""
     hub, _, results = pushed
@@ -223,6 +234,7 @@ REFUSALS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "name", "answer"), REFUSALS)
 def test_a_hub_that_says_no_is_an_error_before_the_model_is_looked_for(pushed, case, name, answer):
     message = pushed[2]["refused"]["result"][case]
@@ -234,6 +246,7 @@ def test_a_hub_that_says_no_is_an_error_before_the_model_is_looked_for(pushed, c
     assert "hf_" not in message.replace("HF_TOKEN", ""), "a token has no business in a message"
 
 
+@pytest.mark.slow
 def test_a_run_that_does_not_push_asks_nothing(pushed):
     """It gets as far as the model that is not there."""
     hub, _, results = pushed
@@ -241,6 +254,7 @@ def test_a_run_that_does_not_push_asks_nothing(pushed):
     assert not any("not_asked" in request or "no-such-model" in request for request in hub.requests)
 
 
+@pytest.mark.slow
 def test_no_token_is_pushed(pushed):
     hub, output_dir, _ = pushed
     assert b"hf_writer" not in b"".join(hub.blobs.values())
@@ -251,6 +265,7 @@ def test_no_token_is_pushed(pushed):
     assert saved.hub_token is None
 
 
+@pytest.mark.slow
 def test_the_card_on_the_hub_is_that_of_its_step(pushed):
     hub, *_ = pushed
     for commit, step in zip(hub.repositories["alice/every-save"].commits[1:], (4, 8), strict=True):
@@ -271,6 +286,7 @@ def test_nothing_runs_where_nothing_was_pushed():
     assert "every file is in output_dir" in str(PushError(["model of step 2: no"]))
 
 
+@pytest.mark.slow
 def test_train_math_saves_everything_and_ends_with_an_error(pushed):
     hub, output_dir, results = pushed
     run, output_dir = results["train_math"], output_dir / "math"

@@ -40,6 +40,7 @@ assert not unwanted & set(sys.modules), unwanted & set(sys.modules)
 """
 
 
+@pytest.mark.slow
 def test_the_trainer_loads_no_package_that_trl_does_not_load_and_help_of_the_commands_no_trainer():
     """Not even sympy, math-verify or matplotlib; torch itself imports sympy, so what TRL loads is the reference."""
     run(TRAINER_AND_HELP)

@@ -47,12 +47,14 @@ def test_an_adapter_is_moved_by_the_same_gradient(tmp_path, adapter):
 @pytest.fixture(scope="module")
 def quantized(tmp_path_factory):
     """The tiny model in 4 bits, anew at each call, as QLoRA has it."""
+    pytest.importorskip("bitsandbytes", reason="`make test-slow` installs bitsandbytes")
     directory = tmp_path_factory.mktemp("model")
     tiny_model().save_pretrained(directory)
     settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
     return lambda: AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, quantization_config=settings)
 
 
+@pytest.mark.slow
 def test_an_adapter_of_a_quantized_base_is_moved_by_the_same_gradient(tmp_path, quantized):
     def adapted():
         torch.manual_seed(1)

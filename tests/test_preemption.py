@@ -67,6 +67,7 @@ def test_training_works_where_signals_cannot_be_heard(tmp_path):
     assert trainer.state.global_step == 1
 
 
+@pytest.mark.slow
 def test_sigterm_ends_the_processes_that_a_reward_forks_and_still_stops_the_run(tmp_path):
     """The handler is inherited by a fork; a child that kept it would never end. Orphans of a hang are killed here."""
     process = subprocess.Popen(

@@ -67,6 +67,7 @@ def test_all_hostile_inputs_off_the_main_thread():
     assert in_a_thread(survive, list(HOSTILE)) == {}
 
 
+@pytest.mark.slow
 def test_a_flood_ends_with_the_batch():
     """A batch full of towers takes as long as its limit, not two seconds for each; the rest is ungraded, not wrong."""
     reward = get_math_verify_reward(workers=1, batch_limit=5.0, name="flood")

@@ -31,6 +31,7 @@ def soon():
     return time.monotonic() + 30
 
 
+@pytest.mark.slow
 def test_what_kills_a_worker_costs_one_task(pool):
     tasks = [
         (pool_tasks.echo, ("a",)),
@@ -135,6 +136,7 @@ time.sleep(1000)
     assert still_there(pids, 12.0) == []
 
 
+@pytest.mark.slow
 def test_a_forked_child_starts_workers_of_its_own():
     assert math_verify_reward(["\\boxed{\\sqrt{16}}"], ["4"]) == [1.0]
     mine = {process.pid for process in workers()}

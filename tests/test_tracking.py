@@ -19,6 +19,8 @@ from tiny import GROUP_SIZE, SCRIPT, scripted_trainer, tiny_model
 
 RESUMED_AT = 4  # in the middle of the second epoch
 
+pytestmark = pytest.mark.xdist_group("tracking")  # they share tracked runs
+
 
 @dataclass(frozen=True)
 class Tracked:
@@ -89,6 +91,7 @@ def baseline_of_each_step(run):
     return {row["train/global_step"]: row["train/opo/baseline"] for row in run.history if "train/reward" in row}
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_in_the_same_wandb_run(runs):
     first, second, _, output = runs
     baselines = [baseline_of_each_step(run) for run in (first, second)]
@@ -101,6 +104,7 @@ def test_a_resumed_run_goes_on_in_the_same_wandb_run(runs):
     assert RUN_FILE in listed, "the marker vouches for it"
 
 
+@pytest.mark.slow
 def test_wandb_changes_no_bit(runs):
     """Neither tracking nor resuming with it draws from the generators that training draws from."""
     whole, resumed, untracked = runs[2]
@@ -109,6 +113,7 @@ def test_wandb_changes_no_bit(runs):
         assert torch.equal(resumed[name], value), name
 
 
+@pytest.mark.slow
 def test_the_config_tells_the_settings_and_the_contract(runs):
     config = runs[0].config
     assert (config["learning_rate"], config["length_exponent"]) == (1e-2, 1.0)

@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import functools
 import queue
+import ssl
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +17,12 @@ from . import watched_session
 CONCURRENCY = 256  # requests at a time, each of several completions; the server schedules what it can hold
 CONNECT_TIMEOUT = 60.0  # seconds
 RETRY_SECONDS = (0.0, 2.0, 4.0, 8.0, 16.0)  # before a request is sent again that no server has taken
+
+
+@functools.cache
+def ssl_context() -> ssl.SSLContext:
+    """Of all streams: it reads the certificates of all authorities, a tenth of a second."""
+    return httpx.create_ssl_context()
 
 
 class CompletionStream:
@@ -45,6 +53,7 @@ class CompletionStream:
         self._client = httpx.AsyncClient(
             limits=httpx.Limits(max_connections=CONCURRENCY, max_keepalive_connections=0),
             timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT),
+            verify=ssl_context(),
         )
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
