@@ -2,6 +2,7 @@
 One rank of a run under an engine, started by `tests/engines.py`.
 
     torchrun --standalone --nproc_per_node 2 tests/engine_worker.py DIRECTORY CASE...
+    ACCELERATE_USE_CPU=true python tests/engine_worker.py DIRECTORY CASE...    # forks its two ranks
 
 Trains each case in turn and leaves in `DIRECTORY/CASE` what the main process ends with: weights gathered from all
 ranks, logs, the engine that accelerate ran, and the model as `save_model` saves it.
@@ -23,6 +24,7 @@ from accelerate.utils import DeepSpeedPlugin, gather_object
 from datasets import Dataset
 from torch import distributed, nn
 from torch.distributed.tensor import DTensor
+from torch.multiprocessing import start_processes
 from transformers import TrainerCallback
 from trl.trainer import grpo_trainer
 
@@ -39,6 +41,7 @@ from engines import (
     STOPPED,
     TRAIN_MATH,
     evaluating_trainer,
+    free_port,
     logged_steps,
     train,
     trained_part,
@@ -542,5 +545,20 @@ def main() -> None:
         GradientState._reset_state()
 
 
-if __name__ == "__main__":
+def run_rank(rank: int) -> None:
+    """One of the processes that `fork_ranks` makes."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(PROCESSES)}
     main()
+
+
+def fork_ranks() -> None:
+    """Without a launcher, the ranks are copies of this process: what takes longest, its imports, happens once."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    start_processes(run_rank, nprocs=PROCESSES, start_method="fork")
+
+
+if __name__ == "__main__":
+    if "RANK" in os.environ:
+        main()
+    else:
+        fork_ranks()

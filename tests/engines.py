@@ -283,7 +283,7 @@ def check_ends(ends: list[End]) -> None:
 
 
 def ends_of_ranks(launchers: list[list[str]], variables: dict[str, str], timeout: float = 400) -> list[End]:
-    """Run launchers side by side to their end, whatever it is; a hang of one ends all of them."""
+    """Run arguments of Python side by side to their end, whatever it is; a hang of one ends all of them."""
     environment = {
         **os.environ,
         **variables,
@@ -294,7 +294,7 @@ def ends_of_ranks(launchers: list[list[str]], variables: dict[str, str], timeout
     }
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", *launcher],
+            [sys.executable, *launcher],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -353,18 +353,20 @@ def accelerate_config(engine: str, num_machines: int = 1) -> dict[str, Any]:
 
 
 def _launchers(engine: str, directory: Path, num_machines: int) -> list[list[str]]:
+    if engine == "ddp":
+        return [[]]  # the worker forks its ranks
     # `accelerate launch` would start one process on a CPU: it leaves more to mpirun.
-    if engine in ("ddp", "nccl") or engine in AUTO_STAGES:
-        return [["torch.distributed.run", "--standalone", "--nproc_per_node", str(PROCESSES)]]
+    if engine == "nccl" or engine in AUTO_STAGES:
+        return [["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(PROCESSES)]]
     path = directory / "accelerate.yaml"
     path.write_text(yaml.safe_dump(accelerate_config(engine, num_machines)))
-    launcher = ["accelerate.commands.launch", "--config_file", str(path), "--main_process_port", _free_port()]
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(path), "--main_process_port", free_port()]
     if num_machines == 1:
         return [launcher]
     return [[*launcher, "--machine_rank", str(rank), "--main_process_ip", "127.0.0.1"] for rank in range(num_machines)]
 
 
-def _free_port() -> str:
+def free_port() -> str:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return str(listener.getsockname()[1])

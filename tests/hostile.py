@@ -151,12 +151,6 @@ HOSTILE = {
     "bytes for a solution": (box("13"), b"13"),
 }
 
-# One of each kind, for the quick tests.
-FEW = [
-    "power tower", "factorial", "binomial", "expanded power", "nested roots", "solution of a factorial", "opened boxes",
-    "opening brackets", "lone surrogate", "part without text",
-]  # fmt: skip
-
 INJECTIONS = [
     "__import__('os').system('touch {path}')",
     "__import__(\"subprocess\").run(['touch','{path}'])",

@@ -300,6 +300,7 @@ def test_plain_text_for_base_models():
     assert rows[0] == {"prompt": "Be brief.\n2+2\n", "solution": "4"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "size"),
     [

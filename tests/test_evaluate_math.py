@@ -76,7 +76,7 @@ def test_two_processes_one_and_a_killed_run_give_the_same_records(tmp_path):
     assert 16 <= begun.count(b"\n") < 48 * 4
     part.write_bytes(begun + b'{"problem": "torn')
 
-    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", SCRIPT]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", SCRIPT]
     run_ranks([[*launcher, *ONE_DATASET, "--output_dir", str(output)]], {"ACCELERATE_USE_CPU": "true"})
     assert files(output) == files(tmp_path / "one")
     assert not list(output.rglob("*.part-*"))
@@ -123,6 +123,7 @@ def test_categories(tmp_path, chat_model_dir, math_file):
         run(*arguments, "--category_columns", "level", "difficulty")
 
 
+@pytest.mark.slow
 def test_records_of_an_earlier_version_are_read_and_continued(tmp_path, chat_model_dir, math_file):
     """Without `verdict`, and with the last problems still to be sampled."""
     arguments = ["--models", chat_model_dir, "--datasets", math_file, "--num_samples", 2, "--max_new_tokens", 4,
@@ -212,6 +213,7 @@ def test_summary_table_and_plots(tmp_path, chat_model_dir, gsm8k):
         run(*arguments, "--seed", 1)
 
 
+@pytest.mark.slow
 def test_the_last_checkpoints_are_averaged_and_adapters_are_merged(tmp_path, chat_model_dir, gsm8k):
     training = tmp_path / "run"
     torch.manual_seed(0)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hostile import FEW, HOSTILE, INJECTIONS
+from hostile import HOSTILE, INJECTIONS
 from opo_trl.rewards import get_math_verify_reward, math_verify_reward
 
 LIMIT = 3.0  # seconds for one input, the killing of its process included
@@ -48,11 +48,6 @@ def in_a_thread(function, *args):
     thread.start()
     thread.join()
     return results[0]
-
-
-def test_a_few_hostile_inputs():
-    assert survive(FEW[:5]) == {}
-    assert in_a_thread(survive, FEW[5:]) == {}
 
 
 @pytest.mark.slow

@@ -45,6 +45,7 @@ def test_what_kills_a_worker_costs_one_task(pool):
     assert pool.run([(pool_tasks.echo, ("c",))], soon()) == ["c"]
 
 
+@pytest.mark.slow
 def test_idle_workers_may_die(pool):
     assert pool.run([(pool_tasks.echo, ("a",))] * 2, soon()) == ["a", "a"]
     for process in workers():
@@ -54,6 +55,7 @@ def test_idle_workers_may_die(pool):
     assert len(workers()) <= 2 + pool.workers
 
 
+@pytest.mark.slow
 def test_what_is_late_is_undone(pool):
     deadline = time.monotonic() + 1.5
     outcomes = pool.run([(pool_tasks.uninterruptible, ())] * 8, deadline)

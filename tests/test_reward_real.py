@@ -10,6 +10,7 @@ import pytest
 
 from opo_trl.rewards import math_verify_reward
 
+pytestmark = pytest.mark.slow
 COLUMNS = {
     "gsm8k_train": "answer",
     "gsm8k_test": "answer",
@@ -95,7 +96,6 @@ def test_the_answer_of_another_problem_is_not_paid(shared_data, name):
     assert unscored == []
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["math_train", "math_test"])
 def test_thousands_of_answers_of_other_problems_are_not_paid(shared_data, name):
     """Any two answers, any two that are more than an integer, and each beside its neighbours in alphabetical order."""

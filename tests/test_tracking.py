@@ -126,6 +126,7 @@ def test_the_config_tells_the_settings_and_the_contract(runs):
     assert opo["versions"]["torch"] == torch.__version__
 
 
+@pytest.mark.slow
 def test_the_completions_table_holds_opos_advantages(wandb_in, tmp_path):
     """Against the script: what was sampled, what it was worth, and the advantage that training took."""
     directory = wandb_in("table")

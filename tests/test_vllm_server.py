@@ -149,7 +149,7 @@ def fails_once():
 def test_two_ranks_train_and_hear_the_same_when_the_server_dies_and_resume_with_a_new_one(tmp_path, server):
     def run(*cases):
         worker = [str(Path(__file__).with_name("server_worker.py")), str(tmp_path), server.url, str(server.process.pid)]
-        launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", *worker, *cases]
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *worker, *cases]
         check_ends(ends_of_ranks([launcher], {"ACCELERATE_USE_CPU": "true"}, timeout=1200))
         return [[json.loads((tmp_path / f"{case}.{rank}.json").read_text()) for rank in (0, 1)] for case in cases]
 
