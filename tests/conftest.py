@@ -14,8 +14,11 @@ os.environ.setdefault("OPO_TEST_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", ""
 first_gpu = os.environ["OPO_TEST_GPUS"].split(",")[0] or "0"
 os.environ["CUDA_VISIBLE_DEVICES"] = first_gpu if os.environ.get("OPO_TEST_GPU") == "1" else ""
 
-import functools
 import gc
+
+gc.disable()  # until the tests run: the imports make millions of objects and hardly any garbage
+
+import functools
 import importlib.metadata
 import sys
 from contextlib import suppress
@@ -53,6 +56,7 @@ LONGEST = (
 
 def pytest_collection_finish():
     """Each training run collects garbage, and most of its time would go into objects that the imports have made."""
+    gc.enable()
     gc.collect()
     gc.freeze()
 

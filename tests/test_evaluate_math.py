@@ -179,6 +179,7 @@ def test_the_longest_completion_by_default_fits_the_context(tmp_path, gsm8k, cap
         run(*arguments, "--output_dir", tmp_path / "full", "--system_prompt", "a " * 300)
 
 
+@pytest.mark.slow
 def test_summary_table_and_plots(tmp_path, chat_model_dir, gsm8k):
     output = tmp_path / "out"
     other = tmp_path / "other"

@@ -117,7 +117,10 @@ def test_the_users_own_optimizer_and_schedule(tmp_path):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"dataloader_num_workers": 1, "dataloader_persistent_workers": True, "dataloader_prefetch_factor": 2},
+        pytest.param(  # its workers take five seconds to end
+            {"dataloader_num_workers": 1, "dataloader_persistent_workers": True, "dataloader_prefetch_factor": 2},
+            marks=pytest.mark.slow,
+        ),
         {"accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}}},
         {"log_completions": True, "log_unique_prompts": True, "num_completions_to_print": 1},
         {"include_num_input_tokens_seen": "all", "average_tokens_across_devices": False},

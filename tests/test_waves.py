@@ -17,12 +17,20 @@ def test_a_wave_ends_where_a_micro_batch_does():
     assert schedule.wave_size(taken=6, complete=2, generating=0) == 2
 
 
-def test_a_wave_waits_for_an_eighth_of_the_groups_while_any_is_generated():
+def test_a_wave_waits_for_a_quarter_of_the_groups_that_are_left_while_any_is_generated():
+    """So the waves get smaller, and the last one, of the longest completions, is small if its groups end one by one."""
     schedule = WaveSchedule(prompts=64, micro_batches=32)
-    assert schedule.wave_size(taken=0, complete=7, generating=57) == 0
-    assert schedule.wave_size(taken=0, complete=9, generating=55) == 8
-    assert schedule.wave_size(taken=56, complete=5, generating=3) == 0
+    assert schedule.wave_size(taken=0, complete=15, generating=49) == 0
+    assert schedule.wave_size(taken=0, complete=17, generating=47) == 16
+    assert schedule.wave_size(taken=56, complete=1, generating=7) == 0
+    assert schedule.wave_size(taken=56, complete=5, generating=3) == 4
     assert schedule.wave_size(taken=56, complete=8, generating=0) == 8
+    sizes, taken = [], 0
+    for complete in range(1, 65):  # one group after the other
+        if size := schedule.wave_size(taken, complete - taken, 64 - complete):
+            sizes.append(size)
+            taken += size
+    assert sizes == [16, 12, 10, 6, 6, 4, 2, 2, 2, 2, 2]
 
 
 def test_more_micro_batches_than_groups_take_each_group_as_it_comes():

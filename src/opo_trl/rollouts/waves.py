@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
-WAVES = 8  # of a step, at most: rows are sorted by length within a wave, so many small ones are padded more
+# A wave has at least one of so many groups that no wave has taken yet. Rows are sorted by length within a wave, so small
+# waves have more padding; but what the last wave takes is trained after the last completion.
+GROUPS_LEFT = 4
 
 
 @dataclass(frozen=True)
@@ -12,8 +14,8 @@ class WaveSchedule:
 
     A wave ends where a micro-batch's worth of groups does, so that no micro-batch of a wave has more rows than one of a
     step that is not streamed. With refill rounds it has at most twice as many; those of the last wave have more if far
-    more of its groups are informative than was expected. A wave has at least an eighth of the step's groups, unless no
-    other group is generating.
+    more of its groups are informative than was expected. A wave has at least a quarter of the groups that are left,
+    unless no other group is generating: the last ones, which have the longest completions, are small.
 
     Args:
         prompts (`int`):
@@ -42,7 +44,7 @@ class WaveSchedule:
 
         Returns:
             `int`: As many as end with a micro-batch, or all if none is generating; 0 if these are not complete yet, or
-            are fewer than 1 / `WAVES` of the step's groups.
+            are fewer than 1 in `GROUPS_LEFT` of those that no wave has taken.
         """
         if not generating:
             return complete
@@ -51,7 +53,7 @@ class WaveSchedule:
             groups = -(-self.prompts * micro_batch // self.micro_batches)
             end = -(-groups // self.multiple) * self.multiple
             if end <= available:
-                return end - taken if (end - taken) * WAVES >= self.prompts else 0
+                return end - taken if end - taken >= (complete + generating) // GROUPS_LEFT else 0
         return 0
 
     def expected(self, informative: int, taken: int, submitted: int) -> int:
