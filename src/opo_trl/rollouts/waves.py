@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-# A wave has at least one of so many groups that no wave has taken yet. Rows are sorted by length within a wave, so small
-# waves have more padding; but what the last wave takes is trained after the last completion.
+# A wave has at least one in so many of the groups that no wave has taken. Rows are sorted by length within a wave, so
+# small waves have more padding; but what the last wave takes is trained after the last completion.
 GROUPS_LEFT = 4
 
 
