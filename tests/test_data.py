@@ -255,6 +255,8 @@ def test_saved_datasets(tmp_path):
     DatasetDict({"test": rows}).save_to_disk(tmp_path / "several")
     assert load_math_dataset(str(tmp_path / "one"))[0]["solution"] == "4"
     assert load_math_dataset(str(tmp_path / "several"), "test")[0]["solution"] == "4"
+    with pytest.raises(ValueError, match=r"must be one that .*several' has, \['test'\], got 'train'"):
+        load_math_dataset(str(tmp_path / "several"))
 
 
 def test_missing_columns_are_named_with_those_found(tmp_path):

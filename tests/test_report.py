@@ -380,6 +380,16 @@ def test_a_spoilt_run_is_seen_at_first_sight(tmp_path, kind):
         ]
 
 
+def test_a_few_unscorable_completions_explain_nothing():
+    def found(share):
+        return find(
+            Evidence(metric_series(log_of(opo__unscorable_fraction=[share], opo__informative_fraction=[0.0])), [])
+        )
+
+    assert [each.title for each in found(0.1)] == ["10 % of the completions are unscorable", "No learning signal"]
+    assert [each.title for each in found(0.9)] == ["90 % of the completions are unscorable"]
+
+
 def test_what_half_of_the_completions_have_explains_nothing():
     found = find(Evidence(metric_series(log_of(completions__clipped_ratio=[0.6], opo__informative_fraction=[0.0])), []))
     assert [finding.title for finding in found] == ["60 % of the completions are truncated", "No learning signal"]

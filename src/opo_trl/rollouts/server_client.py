@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
@@ -43,7 +44,7 @@ class ServerClient(VLLMClient):
     def __init__(self, *args: Any, connection_timeout: float = 0.0, **kwargs: Any) -> None:
         self._failure: tuple[str, Exception] | None = None
         self._stream: CompletionStream | None = None
-        self._seeds: Sequence[int] | None = None  # of the next prompts, which are not to be waited for
+        self._waits = True  # for the completions of what it generates
 
         def connect() -> None:
             super(ServerClient, self).__init__(*args, connection_timeout=connection_timeout, **kwargs)
@@ -126,11 +127,9 @@ class ServerClient(VLLMClient):
             As there; after a failure, one token for each completion.
         """
         generate = super().generate
-        seeds, self._seeds = self._seeds, None
 
         def submit() -> dict[str, Any]:
-            assert seeds is not None
-            self._submit(prompts, seeds, n, **kwargs)
+            self._submit(prompts, n, **kwargs)
             return {"prompt_ids": prompts, **nothing}
 
         def call() -> dict[str, Any]:
@@ -141,18 +140,22 @@ class ServerClient(VLLMClient):
 
         rows = n * len(prompts)
         nothing = {"completion_ids": [[0]] * rows, "logprobs": [[[0.0]]] * rows, "logprob_token_ids": [[[0]]] * rows}
-        return self._attempt("generating", call if seeds is None else submit, {"prompt_ids": prompts, **nothing})
+        return self._attempt("generating", call if self._waits else submit, {"prompt_ids": prompts, **nothing})
 
     # ---- A streamed step
 
-    def submit_next(self, seeds: Sequence[int]) -> None:
-        """Let the next [`generate`] ask for its completions, with these seeds, and return without waiting for them."""
-        self._seeds = seeds
+    @contextmanager
+    def without_waiting(self) -> Iterator[None]:
+        """Context in which [`generate`] asks for completions, and returns placeholders without waiting for them."""
+        self._waits = False
+        try:
+            yield
+        finally:
+            self._waits = True
 
     def _submit(
         self,
         prompts: Sequence[list[int]],
-        seeds: Sequence[int],
         n: int,
         *,
         features: Any = None,
@@ -160,7 +163,7 @@ class ServerClient(VLLMClient):
         generation_kwargs: dict[str, Any] | None = None,
         **sampling: Any,
     ) -> None:
-        """Send a request for each prompt: vLLM gives all prompts of one request that has a seed the same seed."""
+        """Send a request for each prompt; without a seed, since vLLM samples each row that has one by itself."""
         if features is not None or structured_outputs_regex is not None:
             raise ValueError("a streamed step takes prompts of text, and no regular expression")
         if self._stream is None:
@@ -168,10 +171,10 @@ class ServerClient(VLLMClient):
 
             self._check_policy()
             self._stream = CompletionStream(self.base_url, self.session.patience, self._group)
-        for prompt, seed in zip(prompts, seeds, strict=True):
+        for prompt in prompts:
             tokens = {"return_token_ids": True, "return_tokens_as_token_ids": True}
             body = {"model": self.model, "prompt": [prompt], **tokens, "n": n, **sampling, **(generation_kwargs or {})}
-            self._stream.submit({**body, "seed": seed})
+            self._stream.submit(body)
 
     @staticmethod
     def _group(number: int, answer: dict[str, Any]) -> Group:
@@ -211,7 +214,7 @@ class ServerClient(VLLMClient):
 
     def end_stream(self) -> None:
         """End the streamed step, and cancel what the server still generates for it."""
-        stream, self._stream, self._seeds = self._stream, None, None
+        stream, self._stream = self._stream, None
         if stream is not None:
             stream.close()
 

@@ -3,7 +3,7 @@
 import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ class ServerGeneration(VLLMGeneration):
 
     # ---- A streamed step
 
-    def submit(self, prompts: list[list[int]], num_generations: int, seeds: Sequence[int]) -> None:
+    def submit(self, prompts: list[list[int]], num_generations: int) -> None:
         """
         Request the completions of a streamed step, or further ones, without waiting for them.
 
@@ -74,15 +74,12 @@ class ServerGeneration(VLLMGeneration):
                 across ranks.
             num_generations (`int`):
                 Completions of each prompt.
-            seeds (`Sequence[int]`):
-                One for each prompt of all ranks.
 
         Raises:
             ServerError: On all ranks.
         """
-        if self.accelerator.is_main_process:
-            self.vllm_client.submit_next(seeds)
-        self.generate(prompts, None, num_generations)
+        with self.vllm_client.without_waiting() if self.accelerator.is_main_process else nullcontext():
+            self.generate(prompts, None, num_generations)
 
     def next_wave(self, wave_size: Callable[[int, int], int]) -> list[int]:
         """

@@ -1,7 +1,6 @@
 """Streaming: a step's finished groups are scored and trained while the others are generated."""
 
 import copy
-import random
 from collections import deque
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager
@@ -71,7 +70,7 @@ class Streaming:
     """
     Samples a step in waves of complete groups, all under the weights that the step starts with.
 
-    All prompts are submitted at the start, each with a seed of its own. The main process takes groups that are
+    All prompts are submitted at the start, each in a request of its own. The main process takes groups that are
     complete, as many as fill complete micro-batches, and all ranks score and train them while the server generates the
     rest. The optimizer steps after the last group, so the gradient is the one of a step that is not streamed: a sum
     over the same rows, in another order. A wave without a row to train has no micro-batch, and its share goes to the
@@ -87,7 +86,7 @@ class Streaming:
         group_size (`int`):
             Completions of each prompt.
         seed (`int`):
-            Seed of the run.
+            Seed of the run, from which refill rounds are drawn.
         reward_names (`Sequence[str]`):
             Names of the reward functions.
         skip_uninformative (`bool`):
@@ -203,10 +202,8 @@ class Streaming:
         begun = {(first + i) // size: row for i, row in reversed(list(enumerate(rows)))}  # group -> its first row here
         tokens = dict(zip(begun, self.tokenize(list(begun.values())), strict=True))
         complete = [row for i, row in enumerate(rows) if (first + i) % size == 0]
-        numbers = range(len(self._prompts), len(self._prompts) + len(rows) * self.accelerator.num_processes // size)
         self._prompts += send_to_device(gather_object(complete), self.accelerator.device)
-        seeds = [request_seed(self.seed, self._step, number) for number in numbers]
-        self.engine.submit([tokens[(first + i) // size] for i in range(len(rows))], size, seeds)
+        self.engine.submit([tokens[(first + i) // size] for i in range(len(rows))], size)
 
     def _wave_size(self, complete: int, generating: int) -> int:
         return self.schedule.wave_size(len(self._taken), complete, generating)
@@ -293,15 +290,6 @@ class Streaming:
             exact |= self.refilling.counts(step, self._step, self._round)
         self._round_metrics.put(exact)
         self.finish(step, seconds)
-
-
-def request_seed(seed: int, step: int, number: int) -> int:
-    """
-    Return the seed of one prompt's request: a function of run, step and prompt, so that a resumed run uses the same.
-
-    vLLM adds 0 to K - 1 to it for the K completions of the prompt, so neighbouring prompts must not get neighbours.
-    """
-    return random.Random(f"{seed} {step} {number}").getrandbits(62)
 
 
 def in_order(waves: Sequence[Round], numbers: Sequence[int]) -> Round:
