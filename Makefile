@@ -30,7 +30,7 @@ VLLM_READY := $(VLLM_VENV)/.ready
 BUILD_VENV := .venv-build
 TRL ?= newest-trl
 # Each worker runs complete files, so that what a file's tests share is made once; one thread each, as cores are shared.
-# Of the slow tests only those of a group share something.
+# Of the slow tests, those of a group share something that takes long to make.
 WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 UNIT := baselines loss metrics config microbatches step_statistics sampler requested_checkpoint evaluation architecture release \
@@ -39,7 +39,7 @@ UNIT := baselines loss metrics config microbatches step_statistics sampler reque
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .PHONY: train unit test test-slow test-vllm test-gpu test-lowest test-trl build test-build benchmark benchmark-gpu \
-	experiments engines-table docs check format setup set-repository clean
+	experiments engines-table docs check format setup setup-vllm set-repository clean
 
 train: $(READY)
 	$(BIN)/accelerate launch --quiet \
@@ -99,6 +99,8 @@ format: $(READY)
 
 setup: $(READY)
 
+setup-vllm: $(VLLM_READY)
+
 set-repository:
 	$(PYTHON) .ci/set_repository.py "$(URL)"
 
@@ -111,7 +113,7 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 # DeepSpeed is built against the torch that is there, so it comes after it and without build isolation. bitsandbytes is
-# here because every import of PEFT imports it, for seconds.
+# not in the extra dev: where it is installed, every import of PEFT imports it, for seconds.
 $(ENGINES_READY): $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools wheel
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation deepspeed bitsandbytes

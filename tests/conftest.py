@@ -51,6 +51,10 @@ LONGEST = (
     "update",
     "reward_pool",
     "train_math",
+    "checkpoints",
+    "examples",
+    "cli",
+    "tracking",
 )
 
 
@@ -63,7 +67,7 @@ def pytest_collection_finish():
 
 @pytest.fixture(scope="module", autouse=True)
 def freeze_later_imports():
-    """So do those that a module's tests have imported."""
+    """Freeze what a module's tests have imported, too, so that later collections skip it."""
     yield
     gc.collect()
     gc.freeze()

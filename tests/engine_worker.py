@@ -546,15 +546,19 @@ def main() -> None:
 
 
 def run_rank(rank: int) -> None:
-    """One of the processes that `fork_ranks` makes."""
+    """Run one of the ranks that `fork_ranks` starts."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(PROCESSES)}
     main()
 
 
 def fork_ranks() -> None:
-    """Without a launcher, the ranks are copies of this process: what takes longest, its imports, happens once."""
+    """Start the ranks as forks of this process, so that the imports, which take the longest, run once."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    start_processes(run_rank, nprocs=PROCESSES, start_method="fork")
+    ranks = start_processes(run_rank, nprocs=PROCESSES, join=False, start_method="fork")
+    # After a hang: a rank that waits in a collective handles no other signal.
+    signal.signal(signal.SIGTERM, lambda *_: [process.kill() for process in ranks.processes])
+    while not ranks.join():
+        pass
 
 
 if __name__ == "__main__":

@@ -230,7 +230,7 @@ def two_processes(engine: str, cases: list[str], directory: Path, num_machines: 
 
 @dataclass(frozen=True)
 class End:
-    """How a launcher ended."""
+    """How a launcher, or a worker that forks its ranks, ended."""
 
     code: int
     printed: str  # by it and its ranks
@@ -283,7 +283,7 @@ def check_ends(ends: list[End]) -> None:
 
 
 def ends_of_ranks(launchers: list[list[str]], variables: dict[str, str], timeout: float = 400) -> list[End]:
-    """Run arguments of Python side by side to their end, whatever it is; a hang of one ends all of them."""
+    """Run launchers (arguments of Python) side by side to their end, whatever it is; a hang of one ends all of them."""
     environment = {
         **os.environ,
         **variables,

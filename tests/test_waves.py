@@ -1,6 +1,5 @@
 """Waves and their micro-batches: what any order of arrival keeps, and cases that can be counted by hand."""
 
-
 import pytest
 
 from opo_trl.rollouts.refill_prompts import prompts_needed

@@ -67,7 +67,7 @@ class ScriptedServer:
         for prompt in body["prompt"]:
             text = self._tokenizer.decode(prompt)
             self.requests.append(text)
-            if len(body["prompt"]) == 1:  # of a streamed step
+            if len(body["prompt"]) == 1:  # of a streamed step, or a round of one prompt
                 assert self.finished[text].wait(60)
                 self.faults.pop(text, lambda: None)()
             choices += [self._choice(prompt, completion) for completion, _ in SCRIPT[text][: body["n"]]]

@@ -133,7 +133,7 @@ class OPOConfig(GRPOConfig):
             With a vLLM server: send a request for each prompt at the start of a step, and score and train the groups
             that are complete while the server generates the others. The optimizer steps after the last group, so the
             gradient is that of a step that is not streamed ([streaming](streaming.md)). Needs several
-            `gradient_accumulation_steps`, of which a step has at most as many waves of groups.
+            `gradient_accumulation_steps`; without refill rounds, a step has at most as many waves of groups.
 
         > Defaults that differ from [`~trl.GRPOConfig`]
 

@@ -81,8 +81,9 @@ def load_math_dataset(
         unique, else the row's number), and no other column than those of `keep_columns`.
 
     Raises:
-        ValueError: If a column is missing (with the columns found), no problem with an answer is left, the file is of
-            another format, or `keep_columns` names a column that is written here.
+        ValueError: If a column is missing (with the columns found), a saved dataset does not have the split, no problem
+            with an answer is left, the file is of another format, or `keep_columns` names a column that is written
+            here.
     """
     if written := {"prompt", "solution", "id"}.intersection(keep_columns):
         raise ValueError(
@@ -188,8 +189,9 @@ def _load(name_or_path: str, split: str, config: str | None) -> Dataset:
             return saved
         if split not in saved:
             raise ValueError(
-                f"The split must be one that {name_or_path!r} has, {sorted(saved)}, got {split!r}. Write "
-                "`NAME:SPLIT`, or save the dataset with that split."
+                f"The split must be one that {name_or_path!r} has, {sorted(saved)}, got {split!r}. Pass `split` "
+                "(`--dataset_train_split` of `opo-trl train`, `NAME:SPLIT` for an evaluation set), or save the "
+                "dataset with that split."
             )
         return saved[split]
     return load_dataset(name_or_path, name=config, split=split)

@@ -21,7 +21,7 @@ RETRY_SECONDS = (0.0, 2.0, 4.0, 8.0, 16.0)  # before a request is sent again tha
 
 @functools.cache
 def ssl_context() -> ssl.SSLContext:
-    """Of all streams: it reads the certificates of all authorities, a tenth of a second."""
+    """Return the context that all streams share: making one reads all certificates, for a tenth of a second."""
     return httpx.create_ssl_context()
 
 

@@ -44,7 +44,7 @@ class ServerClient(VLLMClient):
     def __init__(self, *args: Any, connection_timeout: float = 0.0, **kwargs: Any) -> None:
         self._failure: tuple[str, Exception] | None = None
         self._stream: CompletionStream | None = None
-        self._waits = True  # for the completions of what it generates
+        self._waits = True  # whether `generate` waits for the completions
 
         def connect() -> None:
             super(ServerClient, self).__init__(*args, connection_timeout=connection_timeout, **kwargs)
@@ -163,7 +163,7 @@ class ServerClient(VLLMClient):
         generation_kwargs: dict[str, Any] | None = None,
         **sampling: Any,
     ) -> None:
-        """Send a request for each prompt; without a seed, since vLLM samples each row that has one by itself."""
+        """Send a request for each prompt, without a seed: vLLM samples each row with a seed separately: slower."""
         if features is not None or structured_outputs_regex is not None:
             raise ValueError("a streamed step takes prompts of text, and no regular expression")
         if self._stream is None:

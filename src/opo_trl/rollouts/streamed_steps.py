@@ -13,7 +13,7 @@ from ..algorithm.rollout import Rollout
 from .chosen_prompts import ChosenPrompts
 from .refilling import Refilling
 from .rounds import Round
-from .streaming import Streaming, check_streaming, refuse_obstacle
+from .streaming import Streaming, TrainerParts, check_streaming, refuse_obstacle
 from .waves import WaveSchedule
 
 if TYPE_CHECKING:
@@ -54,17 +54,19 @@ class StreamedSteps(GRPOTrainer):
                 micro_batches=self.args.steps_per_generation,
                 multiple=world_size // math.gcd(world_size, self.num_generations),
             ),
+            TrainerParts(
+                tokenize=lambda rows: self._tokenize_prompts(copy.deepcopy([row["prompt"] for row in rows]))[0],
+                sample=self._sample_round,
+                obstacle=self._obstacle,
+                plan=self._plan_wave,
+                finish=self._finish_streamed_step,
+                waiting=lambda: self._phases.measure("generate"),
+            ),
             group_size=self.num_generations,
             seed=self.args.seed,
             reward_names=self.reward_func_names,
             skip_uninformative=self.args.skip_uninformative,
             metrics=self._metrics["train"],
-            tokenize=lambda rows: self._tokenize_prompts(copy.deepcopy([row["prompt"] for row in rows]))[0],
-            sample=self._sample_round,
-            obstacle=self._obstacle,
-            plan=self._plan_wave,
-            finish=self._finish_streamed_step,
-            waiting=lambda: self._phases.measure("generate"),
             refilling=self._refilling,
         )
 

@@ -4,7 +4,7 @@ import copy
 from collections import deque
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -66,6 +66,93 @@ def refuse_obstacle(reason: str | None) -> None:
         )
 
 
+@dataclass(frozen=True)
+class TrainerParts:
+    """
+    What a trainer does with the rows of a streamed step.
+
+    Attributes:
+        tokenize (`Callable`):
+            Returns the prompt tokens of each row.
+        sample (`Callable`):
+            Makes a [`Round`] of this rank's rows of a wave, with the completions that the engine returns.
+        obstacle (`Callable`):
+            Returns why a batch could not be trained row by row; `None` if it can.
+        plan (`Callable`):
+            Cuts a batch into as many micro-batches as asked for, the same number on all ranks.
+        finish (`Callable`):
+            Called with all waves of a step together, without their batches, in the order of the prompts, and the
+            seconds from the first request until the last answer, before the last wave is trained.
+        waiting (`Callable`):
+            Context in which this process waits for completions.
+    """
+
+    tokenize: Callable[[Rows], list[list[int]]]
+    sample: Callable[[Rows], Round]
+    obstacle: Callable[[dict[str, Any]], str | None]
+    plan: Callable[[dict[str, Any], int], MicroBatches]
+    finish: Callable[[Round, float], None]
+    waiting: Callable[[], AbstractContextManager[None]]
+
+
+@dataclass
+class StreamedStep:
+    """
+    State of a streamed step. Groups are numbered in the order of their submission.
+
+    Attributes:
+        number (`int`):
+            Optimizer steps made before it.
+        normalizer (`torch.Tensor` of shape `()`):
+            What the loss of each micro-batch is divided by.
+        dataset, order:
+            As in [`~opo_trl.rollouts.refilling.Refilling.sample_step`].
+        columns (`list[str]`):
+            Columns of the rows.
+        metrics ([`~opo_trl.rollouts.round_metrics.RoundMetrics`]):
+            Metrics of the waves so far.
+        prompts (`list[dict[str, Any]]`):
+            One row for each group, of all ranks.
+        taken (`list[int]`):
+            Numbers of the groups of all waves, in their order.
+        informative (`set[int]`):
+            Those of them that are informative.
+        scored (`list[Round]`):
+            The waves, without their batches.
+        untrained (`list[Round]`):
+            Waves that wait for the next one's micro-batches.
+        ready (`deque[dict[str, torch.Tensor]]`):
+            Micro-batches to train.
+        used (`int`):
+            Micro-batches of all waves that do not wait.
+        round, round_end (`int`):
+            The refill round whose groups are being scored, 0 for the prompts of the data loader, and the groups of all
+            rounds up to it; those after are of the next one.
+        keys (`set`):
+            Prompts that refill rounds leave out, since the step has them.
+        exhausted (`bool`):
+            Whether the step has all prompts of the dataset.
+    """
+
+    number: int
+    normalizer: torch.Tensor
+    dataset: Any
+    order: Sequence[int] | None
+    columns: list[str]
+    metrics: RoundMetrics
+    prompts: Rows = field(default_factory=list)
+    taken: list[int] = field(default_factory=list)
+    informative: set[int] = field(default_factory=set)
+    scored: list[Round] = field(default_factory=list)
+    untrained: list[Round] = field(default_factory=list)
+    ready: deque[dict[str, torch.Tensor]] = field(default_factory=deque)
+    used: int = 0
+    round: int = 0
+    round_end: int = 0
+    keys: set[Any] = field(default_factory=set)
+    exhausted: bool = False
+
+
 class Streaming:
     """
     Samples a step in waves of complete groups, all under the weights that the step starts with.
@@ -83,6 +170,8 @@ class Streaming:
             Client of the server.
         schedule ([`~opo_trl.rollouts.waves.WaveSchedule`]):
             Sizes of the waves.
+        trainer ([`TrainerParts`]):
+            Samples, plans and logs.
         group_size (`int`):
             Completions of each prompt.
         seed (`int`):
@@ -93,19 +182,6 @@ class Streaming:
             Whether completions with an advantage of 0 are left out of the update.
         metrics (`MutableMapping[str, list[float]]`):
             TRL's lists of the current logging period.
-        tokenize (`Callable`):
-            Returns the prompt tokens of each row.
-        sample (`Callable`):
-            Makes a [`Round`] of this rank's rows of a wave, with the completions that the engine returns.
-        obstacle (`Callable`):
-            Returns why a batch could not be trained row by row; `None` if it can.
-        plan (`Callable`):
-            Cuts a batch into as many micro-batches as asked for, the same number on all ranks.
-        finish (`Callable`):
-            Called with all waves of a step together, without their batches, in the order of the prompts, and the
-            seconds from the first request until the last answer, before the last wave is trained.
-        waiting (`Callable`):
-            Context in which this process waits for completions.
         refilling ([`~opo_trl.rollouts.refilling.Refilling`], *optional*):
             Reads the prompts of refill rounds. A round has the same prompts as in a step that is not streamed; each is
             submitted as soon as it is certain to be needed, even if all groups that are not scored yet are informative.
@@ -116,26 +192,19 @@ class Streaming:
         accelerator: Accelerator,
         engine: ServerGeneration,
         schedule: WaveSchedule,
+        trainer: TrainerParts,
         *,
         group_size: int,
         seed: int,
         reward_names: Sequence[str],
         skip_uninformative: bool,
         metrics: MutableMapping[str, list[float]],
-        tokenize: Callable[[Rows], list[list[int]]],
-        sample: Callable[[Rows], Round],
-        obstacle: Callable[[dict[str, Any]], str | None],
-        plan: Callable[[dict[str, Any], int], MicroBatches],
-        finish: Callable[[Round, float], None],
-        waiting: Callable[[], AbstractContextManager[None]],
         refilling: Refilling | None = None,
     ) -> None:
-        self.accelerator, self.engine, self.schedule = accelerator, engine, schedule
+        self.accelerator, self.engine, self.schedule, self.trainer = accelerator, engine, schedule, trainer
         self.group_size, self.seed, self.reward_names = group_size, seed, reward_names
-        self.skip_uninformative, self.metrics = skip_uninformative, metrics
-        self.tokenize, self.sample, self.plan, self.waiting = tokenize, sample, plan, waiting
-        self.obstacle, self.finish, self.refilling = obstacle, finish, refilling
-        self.drop()
+        self.skip_uninformative, self.metrics, self.refilling = skip_uninformative, metrics, refilling
+        self._step: StreamedStep | None = None
 
     def start(
         self,
@@ -159,12 +228,12 @@ class Streaming:
                 As in [`~opo_trl.rollouts.refilling.Refilling.sample_step`].
         """
         self.drop()
-        self._step, self._normalizer, self._dataset, self._order = step, normalizer, dataset, order
-        self._columns = list(rows[0])
-        self._round_metrics = RoundMetrics(self.metrics)
-        self._submit(rows)
-        self._round_end = len(self._prompts)
-        self._keys = {row_key(row) for row in self._prompts} if self.refilling is not None else set()
+        begun = StreamedStep(step, normalizer, dataset, order, list(rows[0]), RoundMetrics(self.metrics))
+        self._submit(begun, rows)
+        begun.round_end = len(begun.prompts)
+        if self.refilling is not None:
+            begun.keys = {row_key(row) for row in begun.prompts}
+        self._step = begun
 
     def next_micro_batch(self) -> dict[str, torch.Tensor]:
         """
@@ -173,123 +242,111 @@ class Streaming:
         Raises:
             ServerError: On all ranks.
         """
+        assert self._step is not None
         try:
-            while not self._ready:
-                self._take_wave()
+            while not self._step.ready:
+                self._take_wave(self._step)
         except BaseException:
             self.drop()
             raise
-        return self._ready.popleft()
+        return self._step.ready.popleft()
 
     def drop(self) -> None:
-        """Drop the state of a step, on this rank alone, such as one that has failed."""
-        self._step = 0
-        self._prompts: Rows = []  # one row for each group, of all ranks, by its number
-        self._taken: list[int] = []  # numbers of the groups of all waves, in their order
-        self._scored: list[Round] = []  # the waves, without their batches
-        self._untrained: list[Round] = []  # waves that wait for the next one's micro-batches
-        self._ready: deque[dict[str, torch.Tensor]] = deque()
-        self._used = 0  # micro-batches
-        self._informative: set[int] = set()  # numbers of the groups in waves that are
-        self._round = 0  # the refill round whose groups are being scored; 0 for the prompts of the data loader
-        self._round_end = 0  # groups of all rounds up to this one; those after are of the next one
-        self._exhausted = False  # the step has all prompts of the dataset
+        """Drop a step, on this rank alone, such as one that has failed."""
+        self._step = None
         self.engine.drop_stream()
 
-    def _submit(self, rows: Rows) -> None:
+    def _submit(self, step: StreamedStep, rows: Rows) -> None:
         """Submit groups, of which this rank has these rows."""
         first, size = self.accelerator.process_index * len(rows), self.group_size
         begun = {(first + i) // size: row for i, row in reversed(list(enumerate(rows)))}  # group -> its first row here
-        tokens = dict(zip(begun, self.tokenize(list(begun.values())), strict=True))
+        tokens = dict(zip(begun, self.trainer.tokenize(list(begun.values())), strict=True))
         complete = [row for i, row in enumerate(rows) if (first + i) % size == 0]
-        self._prompts += send_to_device(gather_object(complete), self.accelerator.device)
+        step.prompts += send_to_device(gather_object(complete), self.accelerator.device)
         self.engine.submit([tokens[(first + i) // size] for i in range(len(rows))], size)
 
-    def _wave_size(self, complete: int, generating: int) -> int:
-        return self.schedule.wave_size(len(self._taken), complete, generating)
-
-    def _take_wave(self) -> None:
-        with self.waiting():
-            numbers = self.engine.next_wave(self._wave_size)
-        wave = self.sample(self._rows_of_rank(numbers))
-        obstacles = [each for each in gather_object([self.obstacle(wave.batch)]) if each is not None]
+    def _take_wave(self, step: StreamedStep) -> None:
+        with self.trainer.waiting():
+            numbers = self.engine.next_wave(lambda *counts: self.schedule.wave_size(len(step.taken), *counts))
+        wave = self.trainer.sample(self._rows_of_rank(step, numbers))
+        obstacles = [each for each in gather_object([self.trainer.obstacle(wave.batch)]) if each is not None]
         refuse_obstacle(obstacles[0] if obstacles else None)
-        self._round_metrics.take(wave.rollout.rewards.numel())
-        self._taken += numbers
-        self._scored.append(Round({}, wave.rollout, wave.rewards_per_func))
-        self._untrained.append(wave)
+        step.metrics.take(wave.rollout.rewards.numel())
+        step.taken += numbers
+        step.scored.append(Round({}, wave.rollout, wave.rewards_per_func))
+        step.untrained.append(wave)
         informative = wave.rollout.informative_groups.tolist()
-        self._informative |= {number for number, each in zip(numbers, informative, strict=True) if each}
+        step.informative |= {number for number, each in zip(numbers, informative, strict=True) if each}
         if self.refilling is not None:
-            self._refill(self.refilling)
-        last = len(self._taken) == len(self._prompts)
-        share = self._share(last)
+            self._refill(step, self.refilling)
+        last = len(step.taken) == len(step.prompts)
+        share = self._share(step, last)
         if last:
-            self._finish()
+            self._finish(step)
         if share:
-            waiting, self._untrained = self._untrained, []
-            self._used += share
+            waiting, step.untrained = step.untrained, []
+            step.used += share
             batch = merge_rounds(waiting).batch
-            batch["loss_normalizer"] = self._normalizer
-            self._ready.extend(self.plan(batch, share))
+            batch["loss_normalizer"] = step.normalizer
+            step.ready.extend(self.trainer.plan(batch, share))
 
-    def _share(self, last: bool) -> int:
+    def _share(self, step: StreamedStep, last: bool) -> int:
         """Micro-batches in which the waves that wait are trained."""
-        taken, rows = len(self._taken), self._rows_to_train()
+        taken, rows = len(step.taken), self._rows_to_train(step)
         if self.refilling is None:
-            return self.schedule.share(taken, self._used, rows, last)
-        groups = len(self._informative)  # in the end about as many as the step has prompts
-        waiting = sum(int(wave.rollout.informative_groups.sum()) for wave in self._untrained)
-        expected = self.schedule.expected(groups, taken, len(self._prompts))
-        return self.schedule.share(groups, self._used, rows, last, waiting, expected)
+            return self.schedule.share(taken, step.used, rows, last)
+        groups = len(step.informative)  # in the end about as many as the step has prompts
+        waiting = sum(int(wave.rollout.informative_groups.sum()) for wave in step.untrained)
+        expected = self.schedule.expected(groups, taken, len(step.prompts))
+        return self.schedule.share(groups, step.used, rows, last, waiting, expected)
 
-    def _refill(self, refilling: Refilling) -> None:
+    def _refill(self, step: StreamedStep, refilling: Refilling) -> None:
         """Submit the prompts of the next round that are known to be needed: all of them once this round is scored."""
         schedule = self.schedule
-        while self._round < refilling.max_rounds:
-            scored = [number for number in self._taken if number < self._round_end]
-            unscored = self._round_end - len(scored)
-            at_most = len(self._informative.intersection(scored)) + unscored
-            needed = prompts_needed(at_most, self._round_end, schedule.prompts, schedule.multiple)
-            missing = needed - (len(self._prompts) - self._round_end)
-            if missing > 0 and not self._exhausted:
-                self._submit_refill(refilling, missing)
-            if unscored or len(self._prompts) == self._round_end:
+        while step.round < refilling.max_rounds:
+            scored = [number for number in step.taken if number < step.round_end]
+            unscored = step.round_end - len(scored)
+            at_most = len(step.informative.intersection(scored)) + unscored
+            needed = prompts_needed(at_most, step.round_end, schedule.prompts, schedule.multiple)
+            missing = needed - (len(step.prompts) - step.round_end)
+            if missing > 0 and not step.exhausted:
+                self._submit_refill(step, refilling, missing)
+            if unscored or len(step.prompts) == step.round_end:
                 return
-            self._round, self._round_end = self._round + 1, len(self._prompts)
+            step.round, step.round_end = step.round + 1, len(step.prompts)
 
-    def _submit_refill(self, refilling: Refilling, count: int) -> None:
-        before, order = len(self._prompts), self._order
-        drawn = draw_order(len(self._dataset), self.seed, self._step, self._round + 1) if order is None else order
-        rows = refilling.read_rows(self._dataset, drawn, self._columns, self._keys, count, self.group_size)
+    def _submit_refill(self, step: StreamedStep, refilling: Refilling, count: int) -> None:
+        before, order = len(step.prompts), step.order
+        drawn = draw_order(len(step.dataset), self.seed, step.number, step.round + 1) if order is None else order
+        rows = refilling.read_rows(step.dataset, drawn, step.columns, step.keys, count, self.group_size)
         if rows:  # on all ranks alike
-            self._submit(rows)
-        self._exhausted = len(self._prompts) - before < count
+            self._submit(step, rows)
+        step.exhausted = len(step.prompts) - before < count
 
-    def _rows_of_rank(self, numbers: Sequence[int]) -> Rows:
+    def _rows_of_rank(self, step: StreamedStep, numbers: Sequence[int]) -> Rows:
         """This rank's rows of a wave, each an object of its own, since TRL adds columns to some."""
         count = len(numbers) * self.group_size // self.accelerator.num_processes
         first = self.accelerator.process_index * count
         groups = [numbers[position // self.group_size] for position in range(first, first + count)]
-        return [copy.deepcopy(self._prompts[group]) for group in groups]
+        return [copy.deepcopy(step.prompts[group]) for group in groups]
 
-    def _rows_to_train(self) -> int:
+    def _rows_to_train(self, step: StreamedStep) -> int:
         """Rows that wait for a micro-batch, of the rank that gets the most of them."""
-        rollouts = [wave.rollout for wave in self._untrained]
+        rollouts = [wave.rollout for wave in step.untrained]
         rows = sum(
             int(each.informative.sum()) if self.skip_uninformative else each.rewards.numel() for each in rollouts
         )
         return -(-rows // self.accelerator.num_processes)
 
-    def _finish(self) -> None:
+    def _finish(self, step: StreamedStep) -> None:
         seconds = self.engine.end_stream()
-        step = in_order(self._scored, self._taken)
-        exact = reward_metrics(step.rewards_per_func, step.rollout.rewards, self.reward_names)
-        exact |= {"streaming/waves": float(len(self._scored)), "streaming/generation_seconds": seconds}
+        joined = in_order(step.scored, step.taken)
+        exact = reward_metrics(joined.rewards_per_func, joined.rollout.rewards, self.reward_names)
+        exact |= {"streaming/waves": float(len(step.scored)), "streaming/generation_seconds": seconds}
         if self.refilling is not None:
-            exact |= self.refilling.counts(step, self._step, self._round)
-        self._round_metrics.put(exact)
-        self.finish(step, seconds)
+            exact |= self.refilling.counts(joined, step.number, step.round)
+        step.metrics.put(exact)
+        self.trainer.finish(joined, seconds)
 
 
 def in_order(waves: Sequence[Round], numbers: Sequence[int]) -> Round:

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-# A wave has at least one in so many of the groups that no wave has taken. Rows are sorted by length within a wave, so
-# small waves have more padding; but what the last wave takes is trained after the last completion.
+# A wave has at least one in so many, rounded down, of the groups that no wave has taken. Rows are sorted by length
+# within a wave, so small waves have more padding; but what the last wave takes is trained after the last completion.
 GROUPS_LEFT = 4
 
 
@@ -14,8 +14,8 @@ class WaveSchedule:
 
     A wave ends where a micro-batch's worth of groups does, so that no micro-batch of a wave has more rows than one of a
     step that is not streamed. With refill rounds it has at most twice as many; those of the last wave have more if far
-    more of its groups are informative than was expected. A wave has at least a quarter of the groups that are left,
-    unless no other group is generating: the last ones, which have the longest completions, are small.
+    more of its groups are informative than was expected. A wave has at least a quarter, rounded down, of the
+    groups that no wave has taken, unless none is generating. So the last waves, of the longest completions, are small.
 
     Args:
         prompts (`int`):
@@ -44,7 +44,7 @@ class WaveSchedule:
 
         Returns:
             `int`: As many as end with a micro-batch, or all if none is generating; 0 if these are not complete yet, or
-            are fewer than 1 in `GROUPS_LEFT` of those that no wave has taken.
+            are fewer than 1 in `GROUPS_LEFT`, rounded down, of those that no wave has taken.
         """
         if not generating:
             return complete
