@@ -42,17 +42,18 @@ importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)
 # Files that take long, the longest first: with several workers, none may be left with one of them at the end.
 LONGEST = (
     "engines",
+    "train_math",
+    "checkpoints",
     "distributed",
     "hub",
     "streaming",
+    "reward_hostile",
     "evaluate_math",
+    "examples",
     "resume",
     "trainer",
     "update",
     "reward_pool",
-    "train_math",
-    "checkpoints",
-    "examples",
     "cli",
     "tracking",
 )
