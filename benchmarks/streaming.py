@@ -6,7 +6,9 @@ Step time with and without streaming, against a real vLLM server: server on one 
 
 Both variants train the same policy with the same server and settings: `stream_rollouts=False` waits for all
 completions, `True` trains groups that are complete. They alternate; each round runs a few steps of each, of which the
-first is left out. A row of the table is the median of all steps.
+first is left out. Times in the table are medians of all steps. "gain" and "hidden" compare the two variants within each
+round, since the machine's speed varies from one round to the next: the median over the rounds, with the least and the
+largest.
 
 The policies are Llamas made for this: their layers compute, and what follows a token is read off its embedding.
 
@@ -281,18 +283,37 @@ def measure(case: Case, rounds: int, steps: int, cores: list[int], folder: Path)
     return {**result, "time_to_reward": time_to_reward(taken)} if case.counts else result
 
 
-def table(cases: dict[str, dict[str, Any]]) -> str:
+def gains_by_round(case: dict[str, Any], rounds: int) -> list[float]:
+    """Step without streaming divided by the streamed step, each the median of the round's steps."""
+    pairs = zip(*(medians_by_round(case["steps"][variant], rounds) for variant in VARIANTS), strict=True)
+    return [plain / streamed for plain, streamed in pairs]
+
+
+def hidden_by_round(case: dict[str, Any], rounds: int) -> list[float]:
+    """Share of rewards and update that streaming hides, in each round."""
+    pairs = zip(*(medians_by_round(case["steps"][variant], rounds) for variant in VARIANTS), strict=True)
+    return [(plain - streamed) / case["update"] for plain, streamed in pairs]
+
+
+def medians_by_round(seconds: list[float], rounds: int) -> list[float]:
+    size = len(seconds) // rounds
+    return [statistics.median(seconds[first : first + size]) for first in range(0, len(seconds), size)]
+
+
+def table(cases: dict[str, dict[str, Any]], rounds: int) -> str:
     heads = ["case", "update / generation", "step, not streamed", "streamed", "gain", "update hidden",
              "server idle", "trainer idle"]  # fmt: skip
-    return markdown_table(heads, [row(name, case) for name, case in cases.items()])
+    return markdown_table(heads, [row(name, case, rounds) for name, case in cases.items()])
 
 
-def row(name: str, case: dict[str, Any]) -> list[str]:
+def row(name: str, case: dict[str, Any], rounds: int) -> list[str]:
+    gains, hidden = gains_by_round(case, rounds), hidden_by_round(case, rounds)
     idle = [
         f"{case[f'plain_{side}_idle']:.0%} to {case[f'streamed_{side}_idle']:.0%}" for side in ("server", "trainer")
     ]
     return [name, f"{case['update_to_generation']:.2f}", f"{case['plain']:.1f} s", f"{case['streamed']:.1f} s",
-            f"{case['speedup']:.2f}x", f"{case['hidden']:.0%}", *idle]  # fmt: skip
+            f"{statistics.median(gains):.2f}x ({min(gains):.2f}x to {max(gains):.2f}x)",
+            f"{statistics.median(hidden):.0%} ({min(hidden):.0%} to {max(hidden):.0%})", *idle]  # fmt: skip
 
 
 def main() -> None:
@@ -311,7 +332,7 @@ def main() -> None:
             print(name, flush=True)
             cases[name] = measure(CASES[name], arguments.rounds, arguments.steps, cores, Path(folder))
             print(json.dumps({name: cases[name]}, indent=2), flush=True)
-    print(table(cases))
+    print(table(cases, arguments.rounds))
     if not arguments.quick:
         settings = {"prompts": PROMPTS, "group_size": GROUP_SIZE, "micro_batches": MICRO_BATCHES, "cap": CAP,
                     "lengths_between_prompts": [FEWEST, MOST],

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import statistics
 
 import pytest
 
@@ -14,6 +15,7 @@ from planning import page_table as planning_table
 from row_traffic import count as count_traffic
 from row_traffic import page_sentence as traffic_sentence
 from row_traffic import page_table as traffic_table
+from streaming import hidden_by_round
 from streaming import table as streaming_table
 from streaming_simulation import page_table as simulation_table
 from time_report import faster_grpo, final_table
@@ -386,10 +388,13 @@ def test_the_cost_of_a_draw():
 def test_streaming():
     measured = results("streaming")
     text = page("streaming")
-    assert streaming_table(measured["cases"]) in text
+    rounds = measured["settings"]["rounds"]
+    assert streaming_table(measured["cases"], rounds) in text
     words = " ".join(text.split())
-    hidden = [case["hidden"] for case in measured["cases"].values()]
+    hidden = [statistics.median(hidden_by_round(case, rounds)) for case in measured["cases"].values()]
     assert f"hides {min(hidden):.0%} to {max(hidden):.0%} of rewards and update".replace("%", " %") in words
+    last = measured["cases"]["4 layers, lengths vary between prompts"]
+    assert f"{last['streamed'] - last['streamed_generation']:.1f} s of a step follow the last completion" in words
     to_reward = measured["cases"]["4 layers, lengths vary between prompts"]["time_to_reward"]
     assert f"{to_reward['ratio']:.2f} times as long without streaming" in words
 

@@ -11,6 +11,8 @@ from streaming import (
     LONGEST,
     MOST,
     SHORTEST,
+    gains_by_round,
+    hidden_by_round,
     length_of,
     mean_length,
     prompts,
@@ -72,6 +74,13 @@ def test_time_to_a_reward_is_interpolated_between_steps():
     assert found["target"] == pytest.approx(0.7)
     assert found["plain"] == pytest.approx(10 + 10 / 3)
     assert found["ratio"] == pytest.approx(2)
+
+
+def test_a_round_compares_steps_of_the_same_time():
+    """The machine is twice as slow in the second round; what a streamed step saves is half of its update in both."""
+    case = {"update": 4.0, "steps": {"plain": [9.0, 10.0, 11.0, 20.0, 20.0, 30.0], "streamed": [8.0] * 3 + [18.0] * 3}}
+    assert gains_by_round(case, rounds=2) == [10 / 8, 20 / 18]
+    assert hidden_by_round(case, rounds=2) == [0.5, 0.5]
 
 
 def test_what_is_hidden_and_idle_follows_from_the_times():
