@@ -59,6 +59,27 @@ LONGEST = (
 )
 
 
+# Files whose slow tests share what takes long to make, such as pairs of processes, a pool, or a browser.
+SHARED = {f"test_{name}.py" for name in ("engines", "distributed", "hub", "tracking", "reward_pool", "report_browser")}
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config, log):
+    """
+    With `--dist loadgroup`, a free worker takes one test, or all tests of a shared file.
+
+    pytest-xdist 3.8 ignores its own marks of groups under pytest 9.2: when it no longer does, use them and delete this.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Tests(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.split("::")[0]
+            return file if Path(file).name in SHARED else nodeid
+
+    return Tests(config, log) if config.getvalue("dist") == "loadgroup" else None
+
+
 def pytest_collection_finish():
     """Each training run collects garbage, and most of its time would go into objects that the imports have made."""
     gc.enable()

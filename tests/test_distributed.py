@@ -44,9 +44,6 @@ SERVERS = {
 }
 
 
-pytestmark = pytest.mark.xdist_group("distributed")  # they share what pairs of processes leave
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """The quick cases in one pair of processes, whose start costs more than the training: outcomes and folder."""

@@ -27,8 +27,6 @@ from opo_trl.runs.checkpoints import latest_complete
 from tiny import relative_error
 from waves_script import STREAMED, plain_update, streamed_update
 
-pytestmark = pytest.mark.xdist_group("engines")  # they share what pairs of processes leave
-
 SHARDED = {"fsdp2", "zero3"}
 REFUSED = {"zero2": ["mismatched accumulation"], "zero3": ["evaluated first"]}
 

@@ -25,8 +25,6 @@ QUOTA = (
     Fault("POST /api/models/alice/quota/commit", 503, "Service unavailable", first=2, times=1),
 )
 
-pytestmark = pytest.mark.xdist_group("hub")  # they share what one process has pushed
-
 
 def environment(hub, home, **variables):
     """Of a process that knows no other Hub than the stand-in."""

@@ -13,7 +13,6 @@ from test_report import log_of, make_rows, make_run
 pytest.importorskip("plotly", reason="the report needs plotly: pip install plotly")
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.xdist_group("browser"),  # they share one
     pytest.mark.skipif(not is_available(), reason=MISSING),
 ]
 

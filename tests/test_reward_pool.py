@@ -18,8 +18,6 @@ import pool_tasks
 from opo_trl.rewards import math_verify_reward, worker
 from opo_trl.rewards.worker_pool import CRASHED, KILLED, UNDONE, WorkerPool
 
-pytestmark = pytest.mark.xdist_group("reward_pool")  # they share a pool
-
 
 @pytest.fixture(scope="module")
 def pool():

@@ -19,8 +19,6 @@ from tiny import GROUP_SIZE, SCRIPT, scripted_trainer, tiny_model
 
 RESUMED_AT = 4  # in the middle of the second epoch
 
-pytestmark = pytest.mark.xdist_group("tracking")  # they share tracked runs
-
 
 @dataclass(frozen=True)
 class Tracked:
