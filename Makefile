@@ -30,7 +30,7 @@ VLLM_READY := $(VLLM_VENV)/.ready
 BUILD_VENV := .venv-build
 TRL ?= newest-trl
 # Each worker runs complete files, so that what a file's tests share is made once; one thread each, as cores are shared.
-# Of the slow tests, those of a group share something that takes long to make.
+# Slow tests are taken one by one, but for the files in SHARED of tests/conftest.py.
 WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 UNIT := baselines loss metrics config microbatches step_statistics sampler requested_checkpoint evaluation architecture release \

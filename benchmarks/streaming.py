@@ -284,20 +284,21 @@ def measure(case: Case, rounds: int, steps: int, cores: list[int], folder: Path)
 
 
 def gains_by_round(case: dict[str, Any], rounds: int) -> list[float]:
-    """Step without streaming divided by the streamed step, each the median of the round's steps."""
-    pairs = zip(*(medians_by_round(case["steps"][variant], rounds) for variant in VARIANTS), strict=True)
-    return [plain / streamed for plain, streamed in pairs]
+    """Step without streaming divided by the streamed step, in each round."""
+    return [plain / streamed for plain, streamed in steps_by_round(case, rounds)]
 
 
 def hidden_by_round(case: dict[str, Any], rounds: int) -> list[float]:
     """Share of rewards and update that streaming hides, in each round."""
-    pairs = zip(*(medians_by_round(case["steps"][variant], rounds) for variant in VARIANTS), strict=True)
-    return [(plain - streamed) / case["update"] for plain, streamed in pairs]
+    return [(plain - streamed) / case["update"] for plain, streamed in steps_by_round(case, rounds)]
 
 
-def medians_by_round(seconds: list[float], rounds: int) -> list[float]:
-    size = len(seconds) // rounds
-    return [statistics.median(seconds[first : first + size]) for first in range(0, len(seconds), size)]
+def steps_by_round(case: dict[str, Any], rounds: int) -> list[tuple[float, float]]:
+    """Seconds of a step without and with streaming: medians of each round's steps."""
+    plain, streamed = case["steps"]["plain"], case["steps"]["streamed"]
+    size = len(plain) // rounds
+    parts = [slice(first, first + size) for first in range(0, len(plain), size)]
+    return [(statistics.median(plain[part]), statistics.median(streamed[part])) for part in parts]
 
 
 def table(cases: dict[str, dict[str, Any]], rounds: int) -> str:
