@@ -25,6 +25,9 @@ one half of that and all of it. "1 - pi" is sum_t (1 - pi(y_t)), which has the s
 only the probabilities of the sampled tokens. "exact" is the true |g_i|^2 (Eq. 9) of the K completions themselves.
 "optimum" is the best constant for the prompt, computed from all its samples.
 
+- **The sampler** is checked: each token is drawn once more, with the same random number, from the distribution that the
+  gradient is taken of. Sampling is at temperature 1, with no other setting of `generate`.
+
 The inner products of each prompt are a file in `--raw_dir`, and so are the checkpoints between the stages: an
 interrupted measurement resumes, and a later one with more prompts or stages reads those that are there.
 """
@@ -51,7 +54,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 from transformers.utils import logging
 
 from length_statistics import WEIGHTS, by_length, describe_lengths, estimate, profile, within_groups
-from measuring import RESULTS, provenance, sample_records
+from measuring import RESULTS, keep_freed_memory, provenance, sample_records
 from opo_trl import OPOConfig, OPOTrainer
 from opo_trl.algorithm.baselines import (
     group_mean,
@@ -65,11 +68,13 @@ from opo_trl.algorithm.baselines import (
 from opo_trl.evaluation.sampling import record_seed, tokenize_prompt
 from opo_trl.rewards import math_verify_reward
 from opo_trl.scripts.problems import fit_to_tokenizer, load_problems, parse_dataset
+from staged_sampling import rollouts_of
 from tasks import TASKS, Task
 from variance_report import page_tables, plot, plot_norms
 
 GROUP_SIZES = (2, 4, 8, 16)
 PARTITIONS = 64  # random partitions into groups of K; each gives an unbiased variance, their mean varies less
+PROGRESS_PROMPTS = 4  # a line of progress after as many
 LARGEST_GRADIENT = 2**20  # numbers kept of each gradient; a longer one is hashed to this size (count sketch)
 
 
@@ -93,6 +98,7 @@ class Prompt(NamedTuple):
     completions: Completions
     inner_products: torch.Tensor  # (M, M)
     tokens: Sequence[torch.Tensor] = ()  # (C,) of each completion: (1 - pi(y_t))^2
+    redrawn: int = 0  # tokens that the policy's distribution would have drawn differently
 
 
 # Called with the completions of groups and the best constant for the prompt; returns (G, K) or (G, 1).
@@ -112,36 +118,81 @@ BASELINES: dict[str, Callable[[Completions, float], torch.Tensor]] = {
 }
 
 
-def take_gradients(model: Any, prompt: list[int], completions: list[list[int]], rewards: list[float]) -> Prompt:
-    """Gradient of each completion's summed log-probability with respect to all trainable parameters."""
+def take_gradients(
+    model: Any,
+    prompt: list[int],
+    completions: list[list[int]],
+    rewards: list[float],
+    seeds: list[int] | None = None,
+    limit: int = 0,
+) -> Prompt:
+    """
+    Gradient of each completion's summed log-probability with respect to all trainable parameters.
+
+    With the `seeds` that the completions were sampled with, and the length `limit`, every token is drawn once more.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     size = sum(p.numel() for p in parameters)
-    # Count sketch (Charikar et al. 2002): each entry is added, with a random sign, at a random position. Inner products
-    # stay unbiased, with an error of about |a||b| / sqrt(LARGEST_GRADIENT), a thousandth.
-    places, signs = None, None
-    if size > LARGEST_GRADIENT:
-        hashes = torch.Generator().manual_seed(0)
-        places = torch.randint(LARGEST_GRADIENT, (size,), generator=hashes).to(model.device)
-        signs = (2 * torch.randint(2, (size,), generator=hashes, dtype=torch.int8) - 1).to(model.device)
-    gradients, logit_norms, tokens, surprises, squared_norms = [], [], [], [], []
-    for completion in completions:
+    sketch = CountSketch(size, model.device) if size > LARGEST_GRADIENT else None
+    gradients, logit_norms, tokens, surprises, squared_norms, redrawn = [], [], [], [], [], 0
+    for i, completion in enumerate(completions):
         ids = torch.tensor([prompt + completion], device=model.device)
         log_probs = model(input_ids=ids[:, :-1]).logits[0, len(prompt) - 1 :].float().log_softmax(dim=-1)  # (C, V)
         logps = log_probs.gather(1, ids[0, len(prompt) :, None]).squeeze(1)  # (C,)
         gradient = torch.cat([part.flatten() for part in torch.autograd.grad(logps.sum(), parameters)]).float()
         squared_norms.append(gradient.square().sum().item())
-        if places is not None:
-            gradient = torch.zeros(LARGEST_GRADIENT, device=model.device).index_add_(0, places, gradient * signs)
-        gradients.append(gradient)
+        gradients.append(gradient if sketch is None else sketch(gradient))
         own, every = logps.detach()[None], torch.ones_like(logps)[None]
         tokens.append(uncertainties(own, every)[0].cpu())
         surprises.append(surprise(own, every).item())
         logit_norms.append(logit_norm(log_probs.detach(), ids[0, len(prompt) :]).item())
+        if seeds is not None:
+            redrawn += count_redrawn(log_probs.detach(), ids[0, len(prompt) :], seeds[i], limit)
     stacked = torch.stack(gradients)  # (M, D)
     lengths = [len(completion) for completion in completions]
     columns = (rewards, lengths, logit_norms, [each.sum().item() for each in tokens], surprises, squared_norms)
     facts = Completions(*(torch.tensor(column, dtype=torch.float64) for column in columns))
-    return Prompt(facts, (stacked @ stacked.T).double().cpu(), tokens)
+    return Prompt(facts, (stacked @ stacked.T).double().cpu(), tokens, redrawn)
+
+
+class CountSketch:
+    """
+    Hashes long vectors to `LARGEST_GRADIENT` numbers so that inner products stay unbiased (Charikar et al. 2002).
+
+    The vector is cut into pieces of that length; each gets random signs and a random rotation, and all are added. The
+    standard error of an inner product is at most about |a||b| / sqrt(LARGEST_GRADIENT), a thousandth.
+    """
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        hashes = torch.Generator().manual_seed(0)
+        self.signs = (2 * torch.randint(2, (size,), generator=hashes, dtype=torch.int8) - 1).to(device)
+        pieces = -(-size // LARGEST_GRADIENT)
+        self.shifts = torch.randint(LARGEST_GRADIENT, (pieces,), generator=hashes).tolist()
+
+    def __call__(self, vector: torch.Tensor) -> torch.Tensor:  # (size,) -> (LARGEST_GRADIENT,)
+        total = vector.new_zeros(LARGEST_GRADIENT)
+        pieces = zip(vector.split(LARGEST_GRADIENT), self.signs.split(LARGEST_GRADIENT), self.shifts, strict=True)
+        for values, signs, shift in pieces:
+            signed = values * signs
+            end = min(LARGEST_GRADIENT - shift, len(signed))  # what lies beyond the end goes to the start
+            total[shift : shift + end] += signed[:end]
+            total[: len(signed) - end] += signed[end:]
+        return total
+
+
+def count_redrawn(log_probs: torch.Tensor, tokens: torch.Tensor, seed: int, limit: int) -> int:  # (C, V), (C,)
+    """
+    Number of a completion's tokens that its random numbers do not draw from the policy's own distribution.
+
+    The sampler draws a token by the inverse of the cumulative distribution at a number that depends on the seed alone
+    ([`TransformersSampler`]). The same is done here with the distribution that the gradient is taken of, from one
+    forward pass and with none of the settings of `generate`. If the sampler is the policy, only rounding can differ.
+    """
+    uniforms = torch.rand(limit, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)[: len(tokens)]
+    cumulative = log_probs.exp().cumsum(dim=-1, dtype=torch.float64)
+    target = uniforms.to(log_probs.device)[:, None] * cumulative[:, -1:]
+    drawn = torch.searchsorted(cumulative, target, right=True).squeeze(1)
+    return int((drawn != tokens).sum())
 
 
 def save_prompt(prompt: Prompt, path: Path) -> None:
@@ -153,6 +204,7 @@ def save_prompt(prompt: Prompt, path: Path) -> None:
         **{name: values.numpy() for name, values in prompt.completions._asdict().items()},
         inner_products=prompt.inner_products[rows, columns].float().numpy(),
         tokens=torch.cat(list(prompt.tokens)).half().numpy(),
+        redrawn=prompt.redrawn,
     )
     part.replace(path)
 
@@ -166,7 +218,8 @@ def read_prompt(path: Path) -> Prompt:
         products = torch.zeros(count, count, dtype=torch.float64)
         products[rows, columns] = products[columns, rows] = torch.from_numpy(stored["inner_products"]).double()
         tokens = torch.from_numpy(stored["tokens"]).float().split(facts.lengths.long().tolist())
-    return Prompt(facts, products, tokens)
+        redrawn = int(stored["redrawn"])
+    return Prompt(facts, products, tokens, redrawn)
 
 
 def group_statistics(prompt: Prompt, group_size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -294,7 +347,9 @@ def take_prompt(model: Any, tokenizer: Any, problem: dict[str, Any], args: argpa
     )  # fmt: skip
     rewards = [record["reward"] or 0.0 for record in records]
     completions = [record["token_ids"] for record in records]
-    return take_gradients(model, tokenize_prompt(tokenizer, problem["prompt"]), completions, rewards)
+    seeds = [record_seed(args.seed, problem["id"], sample) for sample in range(args.samples)]  # as `sample_records`
+    prompt = tokenize_prompt(tokenizer, problem["prompt"])
+    return take_gradients(model, prompt, completions, rewards, seeds, args.max_new_tokens)
 
 
 def measure(policy: str, path: str, args: argparse.Namespace) -> tuple[dict[str, Any], Completions]:
@@ -314,7 +369,7 @@ def measure(policy: str, path: str, args: argparse.Namespace) -> tuple[dict[str,
         if not raw.exists():
             save_prompt(take_prompt(model, tokenizer, problem, args), raw)
         prompts.append(read_prompt(raw))
-        if (i + 1) % 16 == 0:
+        if (i + 1) % PROGRESS_PROMPTS == 0:
             seconds = time.perf_counter() - start
             print(f"{policy}: gradients of {i + 1}/{len(problems)} prompts, {seconds:.0f} s", flush=True)
     summary, every = summarize(prompts, args)
@@ -346,6 +401,7 @@ def summarize(prompts: list[Prompt], args: argparse.Namespace) -> tuple[dict[str
     by_prompt = {name: [getattr(one.completions, name) for one in prompts] for name in Completions._fields}
     return {
         "pass@1": every.rewards.mean().item(),
+        "sampler": {"tokens": int(every.lengths.sum()), "redrawn": sum(one.redrawn for one in prompts)},
         "mean_length": {"right": every.lengths[right].mean().item(), "wrong": every.lengths[~right].mean().item()},
         "mean_squared_norm": {
             "right": every.squared_norms[right].mean().item(),
@@ -372,7 +428,8 @@ def train_stages(task: Task, stages: Sequence[str], directory: Path) -> dict[str
             disable_tqdm=True, **task.training,
         )  # fmt: skip
         print(f"training the policy to step {last}", flush=True)
-        trainer = OPOTrainer(task.policy, math_verify_reward, config, task.load("train", 8_000))
+        problems, sampler = task.load("train", 8_000), rollouts_of(task)
+        trainer = OPOTrainer(task.policy, math_verify_reward, config, problems, rollout_func=sampler)
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint="auto")
     return {stage: str(directory / f"checkpoint-{step}") if step else task.policy for stage, step in steps.items()}
@@ -431,6 +488,7 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
 def main() -> None:
     args = parse(make_parser())
     task = TASKS[args.task]
+    keep_freed_memory()
     disable_progress_bars()
     logging.disable_progress_bar()
 

@@ -35,8 +35,9 @@ Added when the results were known, in addition to the comparison above and not i
 OPOTrainer at equal rates (`equal_rates`), with the same seeds and problems, because the rule selected different
 rates.
 
-The task `long_chains` keeps rules 1 to 4, with five seeds, 128 validation and 128 test problems and 100 rollout batches
-per run; its numbers were decided before any run on it, and there are no runs at equal rates.
+The task `long_chains` keeps rules 1 to 4, with five seeds, 128 validation and 128 test problems and 50 rollout batches
+per run; its numbers were decided before any run on it, and there are no runs at equal rates. All variants sample in
+stages (`staged_sampling.py`), which changes what is computed for a completion only after its end.
 
 Each finished run is a file in `--output_dir`. When all runs are finished, results/opo_vs_grpo.json and .png are
 written; for another task, with its name.
@@ -65,11 +66,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 from transformers.utils import logging
 from trl import GRPOConfig, GRPOTrainer
 
-from measuring import RESULTS, provenance, sample_records
+from measuring import RESULTS, keep_freed_memory, provenance, sample_records
 from opo_report import page_tables, plot
 from opo_trl import OPOConfig, OPOTrainer
 from opo_trl.evaluation import problem_metrics
 from opo_trl.rewards import math_verify_reward
+from staged_sampling import rollouts_of
 from tasks import TASKS
 
 POLICY = TASKS["arithmetic"].policy
@@ -134,7 +136,7 @@ EXPERIMENTS = {
         (3e-5, 1e-4),
     ),
     "long_chains": Experiment(
-        ("opo", "opo_mean", "opo_uncertainty", "grpo", "grpo_off", "grpo_off_4"), (1, 2, 3, 4, 5), 128, 100, ()
+        ("opo", "opo_mean", "opo_uncertainty", "grpo", "grpo_off", "grpo_off_4"), (1, 2, 3, 4, 5), 128, 50, ()
     ),
 }
 METRICS = ("pass@1", "pass@8", "length", "entropy", "kl_plain", "kl_low_variance", "rep-5", "self-bleu", "truncated")
@@ -207,7 +209,8 @@ def build_trainer(
     }
     config = config_class(directory, **shared | of_variant | settings)
     problems = TASKS[task].load("train", 8_000) if problems is None else problems
-    trainer = trainer_class(TASKS[task].policy, math_verify_reward, config, problems)
+    sampler = rollouts_of(TASKS[task])
+    trainer = trainer_class(TASKS[task].policy, math_verify_reward, config, problems, rollout_func=sampler)
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -254,7 +257,7 @@ def final_metrics(model: Any, split: str, task: str = "arithmetic") -> dict[str,
     base = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32)
     records = sample_records(
         model, AutoTokenizer.from_pretrained(policy), held_out(split, task), num_samples=NUM_SAMPLES,
-        max_new_tokens=TASKS[task].max_completion_length, seed=0, base=base,
+        max_new_tokens=TASKS[task].max_completion_length, seed=0, base=base, stages=TASKS[task].sampling_stages,
     )  # fmt: skip
     metrics = problem_metrics(records)
     return {name: statistics.fmean(metrics[name].values()) for name in METRICS}
@@ -403,6 +406,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at a time")
     parser.add_argument("--output_dir", type=Path, help="where finished runs are; default: outputs/opo_vs_grpo[-TASK]")
     args = parser.parse_args()
+    keep_freed_memory()
     experiment, name = EXPERIMENTS[args.task], f"opo_vs_grpo{'' if args.task == 'arithmetic' else f'-{args.task}'}"
     rollouts, directory = args.rollouts or experiment.rollouts, args.output_dir or ROOT / "outputs" / name
     sweeps = choose_rates(directory, args.processes, rollouts, experiment.variants, task=args.task)

@@ -9,8 +9,10 @@ from datasets import Dataset
 from long_chains import LONGEST_SOLUTION, load_long_chains
 from opo_trl.scripts.policies import EMBEDDED_MODEL, model_path
 from opo_trl.scripts.problems import load_problems
+from word_problems import LONGEST_COMPLETION, load_word_problems
 
 ROOT = Path(__file__).resolve().parents[1]
+SMOLLM2 = str(ROOT / "outputs" / "smollm2")  # written by make_smollm2.py
 
 
 class Task(NamedTuple):
@@ -21,6 +23,7 @@ class Task(NamedTuple):
     max_completion_length: int
     stages: dict[str, int]  # optimizer steps before each stage
     training: dict[str, Any]  # arguments of OPOConfig
+    sampling_stages: tuple[int, ...] = ()  # of `StagedSampler` in training, before the limit
 
 
 TASKS = {
@@ -35,7 +38,15 @@ TASKS = {
         policy=str(ROOT / "benchmarks" / "long_chains_policy"),
         load=load_long_chains,
         max_completion_length=LONGEST_SOLUTION,
-        stages={"fresh": 0, "half-trained": 100, "trained": 200},
-        training={"learning_rate": 1e-4, "per_device_train_batch_size": 64, "gradient_accumulation_steps": 2},
+        stages={"fresh": 0, "half-trained": 20, "trained": 100},
+        training={"learning_rate": 3e-4, "per_device_train_batch_size": 64, "gradient_accumulation_steps": 2},
+        sampling_stages=(48, 96, 192),
+    ),
+    "smollm2": Task(
+        policy=SMOLLM2,
+        load=load_word_problems,
+        max_completion_length=LONGEST_COMPLETION,
+        stages={"fresh": 0},
+        training={},
     ),
 }

@@ -9,9 +9,10 @@ import torch
 
 import gradient_variance
 import opo_vs_grpo
-from gradient_variance import BASELINES, Completions, Prompt, compared, group_statistics, take_gradients
+from gradient_variance import BASELINES, Completions, CountSketch, Prompt, compared, group_statistics, take_gradients
+from opo_trl.evaluation.sampling import TransformersSampler
 from opo_vs_grpo import FIRST_GRID, LEARNING_RATES, SWEEP_SEEDS, Job, choose_rates, complete, interval
-from tiny import tiny_model
+from tiny import tiny_model, tiny_tokenizer
 
 
 def made_up_prompt(count=64, dimensions=5, seed=0):
@@ -60,6 +61,29 @@ def test_hashed_gradients_keep_their_inner_products(monkeypatch):
     error = (hashed.inner_products - exact.inner_products).abs() / torch.outer(scale, scale)
     assert error.max() < 5 / 2**6.5  # five standard deviations
     assert torch.equal(hashed.completions.squared_norms, exact.completions.squared_norms), "taken before hashing"
+
+
+def test_the_sketch_is_a_signed_sum_of_rotated_pieces_that_loses_nothing(monkeypatch):
+    monkeypatch.setattr(gradient_variance, "LARGEST_GRADIENT", 8)
+    sketch = CountSketch(21, torch.device("cpu"))
+    for place in range(21):
+        found = sketch(torch.nn.functional.one_hot(torch.tensor(place), 21).float())
+        assert found.abs().sum() == 1, "each entry has one place and keeps its size"
+        assert found.abs().argmax() == (place % 8 + sketch.shifts[place // 8]) % 8
+
+
+def test_the_sampler_draws_from_the_distribution_that_is_differentiated():
+    model, tokenizer, prompt, limit = tiny_model(), tiny_tokenizer(), [5, 6, 7], 30
+    seeds = list(range(40))
+    sampler = TransformersSampler(model, tokenizer, max_new_tokens=limit)
+    completions = [each.token_ids for each in sampler.sample([prompt] * 40, seeds)]
+    zeros = [0.0] * 40
+    tokens = sum(map(len, completions))
+    assert take_gradients(model, prompt, completions, zeros, seeds, limit).redrawn <= 1, "rounding at most"
+    with torch.no_grad():
+        model.lm_head.weight *= 1.3  # another distribution, such as that of another temperature
+    changed = take_gradients(model, prompt, completions, zeros, seeds, limit).redrawn
+    assert changed > 0.02 * tokens
 
 
 @pytest.mark.parametrize("group_size", [2, 4, 8])

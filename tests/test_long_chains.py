@@ -169,11 +169,12 @@ def test_a_stored_prompt_is_read_back(tmp_path):
     lengths = torch.tensor([3, 1, 4, 1, 5, 9]).double()
     facts = Completions(*(lengths + i for i in range(len(Completions._fields))))._replace(lengths=lengths)
     tokens = [torch.rand(int(length), generator=generator) for length in lengths]
-    stored = Prompt(facts, gradients @ gradients.T, tokens)
+    stored = Prompt(facts, gradients @ gradients.T, tokens, redrawn=2)
     save_prompt(stored, tmp_path / "one.npz")
     found = read_prompt(tmp_path / "one.npz")
     assert all(torch.equal(one, other) for one, other in zip(found.completions, facts, strict=True))
     assert torch.allclose(found.inner_products, stored.inner_products, rtol=1e-6)
+    assert found.redrawn == 2
     for one, other in zip(found.tokens, tokens, strict=True):
         assert torch.allclose(one, other, atol=1e-3)
 

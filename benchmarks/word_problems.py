@@ -1,0 +1,80 @@
+r"""
+Word problems for a small pre-trained language model: one operation on numbers from 2 to 9, after three worked examples.
+
+    Tom has 6 shells and gets 3 more. How many shells does Tom have?
+    Maria had 12 books and lost 5. How many books are left?
+    There are 4 boxes with 5 coins each. How many coins are there?
+
+The examples show the form of an answer, `\boxed{}`, with one, five and three sentences before it: how much a completion
+explains is left to the model. Every problem belongs to exactly one split, decided by a hash of its text.
+"""
+
+import random
+from typing import Any
+
+from datasets import Dataset
+
+from opo_trl.scripts.arithmetic import SPLIT_SHARES, split_of
+
+SMALLEST, LARGEST = 2, 9  # operands
+NAMES = ("Maria", "Ben", "Lucy", "Omar", "Nina", "Paul", "Sara", "Leo")
+THINGS = ("apples", "books", "coins", "cards", "shells", "stamps", "cookies", "stickers")
+LONGEST_COMPLETION = 128  # tokens
+EXAMPLES = (
+    ("Anna has 6 pencils and gets 3 more. How many pencils does Anna have?", r"6 + 3 = 9. The answer is \boxed{9}."),
+    (
+        "There are 4 bags with 5 oranges each. How many oranges are there?",
+        "Each bag has 5 oranges. There are 4 bags. So we multiply the number of bags by the number of oranges in each "
+        r"bag. 4 * 5 = 20. There are 20 oranges. The answer is \boxed{20}.",
+    ),
+    (
+        "Tom had 12 marbles and lost 5. How many marbles are left?",
+        r"Tom had 12 marbles. He lost 5 marbles, so we subtract. 12 - 5 = 7. The answer is \boxed{7}.",
+    ),
+)
+
+
+def make_problem(rng: random.Random) -> tuple[str, int]:
+    """Draw one problem: its text and its answer."""
+    name, things, kind = rng.choice(NAMES), rng.choice(THINGS), rng.choice(("gain", "loss", "product"))
+    a, b = rng.randint(SMALLEST, LARGEST), rng.randint(SMALLEST, LARGEST)
+    if kind == "gain":
+        return f"{name} has {a} {things} and gets {b} more. How many {things} does {name} have?", a + b
+    if kind == "loss":
+        return f"{name} had {a + b} {things} and lost {b}. How many {things} are left?", a
+    return f"There are {a} boxes with {b} {things} each. How many {things} are there?", a * b
+
+
+def make_prompt(problem: str) -> list[dict[str, str]]:
+    """The worked examples as turns of a conversation, then the problem."""
+    turns = [turn for question, answer in EXAMPLES for turn in (("user", question), ("assistant", answer))]
+    return [{"role": role, "content": content} for role, content in (*turns, ("user", problem))]
+
+
+def load_word_problems(split: str, size: int, seed: int = 0) -> Dataset:
+    """
+    Generate `size` distinct problems of one split.
+
+    Args:
+        split (`str`):
+            `"warm_start"`, `"train"` or `"test"`.
+        size (`int`):
+            Number of problems.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the draw. The split of a problem does not depend on it.
+
+    Returns:
+        [`~datasets.Dataset`] with the columns `prompt` (messages), `solution` (the answer) and `id`.
+
+    Raises:
+        ValueError: If there is no such split.
+    """
+    if split not in SPLIT_SHARES:
+        raise ValueError(f"split must be one of {sorted(SPLIT_SHARES)}, got {split!r}.")
+    rng = random.Random(f"word-problems-{split}-{seed}")
+    rows: dict[str, dict[str, Any]] = {}
+    while len(rows) < size:
+        problem, answer = make_problem(rng)
+        if split_of(problem) == split:
+            rows[problem] = {"prompt": make_prompt(problem), "solution": str(answer), "id": problem}
+    return Dataset.from_list(list(rows.values()))
