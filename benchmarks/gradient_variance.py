@@ -2,7 +2,8 @@
 Gradient variance and bias of every baseline, measured on a policy's own samples.
 
     python benchmarks/gradient_variance.py           # the tiny policy at three stages; 9 minutes of CPU time
-    python benchmarks/gradient_variance.py --task long_chains --prompts 32 --samples 64 --stages fresh
+    python benchmarks/gradient_variance.py --task long_chains --prompts 32 --samples 64
+    python benchmarks/gradient_variance.py --task smollm2 --prompts 20 --samples 32  # after make_smollm2.py
     python benchmarks/gradient_variance.py --models NAME_OR_DIR --dataset openai/gsm8k:train:main --output FILE.json
 
 For each of `--prompts` problems, `--samples` completions are sampled and scored, and the gradient g_i of the
@@ -479,6 +480,8 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     args.stages = args.stages or list(task.stages)
     if unknown := set(args.stages) - set(task.stages):
         parser.error(f"--stages must be among {list(task.stages)}, got {sorted(unknown)}.")
+    if not args.models and not Path(task.policy).is_dir():
+        parser.error(f"There is no policy in {task.policy}. `make_smollm2.py` writes that of the task smollm2.")
     args.max_new_tokens = args.max_new_tokens or task.max_completion_length
     args.raw_dir = args.raw_dir or ROOT / "outputs" / "variance" / args.task
     args.output = args.output or RESULTS / f"gradient_variance{suffix}.json"

@@ -52,7 +52,7 @@ class Phase(NamedTuple):
 
 
 # The last one has more operations than the problems of the task.
-PHASES = (Phase(0, 1, 3, 16), Phase(600, 2, 8, 8), Phase(1_200, 8, 16, 8))
+PHASES = (Phase(0, 1, 3, 16), Phase(600, 2, 8, 8), Phase(1_200, 7, 16, 8))
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -158,7 +158,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=POLICY)
     parser.add_argument("--work_dir", type=Path, default=ROOT / "outputs" / "long_chains_policy")
-    parser.add_argument("--steps", type=int, default=1_500)
+    parser.add_argument("--steps", type=int, default=2_200)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 

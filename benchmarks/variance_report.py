@@ -15,7 +15,7 @@ WEIGHTS = {
     "surprises": "1 - pi",
 }
 
-
+COMPARED_K = "8"  # of the tables and the figure with one group size
 WITHIN = ("correlation", "log_log_correlation", "log_log_slope")
 
 
@@ -26,10 +26,6 @@ def page_tables(policies: dict[str, Any]) -> dict[str, str]:
     ]
     ratios = ("over_group_mean", "over_group_mean_at_equal_scale", "over_exact", "over_optimum")
     opo = [[policy, size, *(_cell(found["OPO"][ratio]) for ratio in ratios)] for policy, size, found in by_size]
-    last = [each["group_sizes"]["8"] for each in policies.values() if "8" in each["group_sizes"]]
-    baselines = [
-        [name, *(_cell(found[name]["over_group_mean_at_equal_scale"]) for found in last)] for name in last[0] if last
-    ]
     norms = [
         [
             policy,
@@ -68,11 +64,18 @@ def page_tables(policies: dict[str, Any]) -> dict[str, str]:
     }
     return {
         "OPO": markdown_table(["policy", "K", *heads["OPO"]], opo),
-        "baselines": markdown_table(["baseline, K = 8", *policies], baselines),
+        "baselines": _against_the_mean(policies, "over_group_mean_at_equal_scale"),
         "norms": markdown_table(["policy", *heads["norms"]], norms),
         "weights": markdown_table(["weight", *heads["weights"]], weights),
         "bias": markdown_table(["policy", "K", *heads["bias"]], bias),
     }
+
+
+def _against_the_mean(policies: dict[str, Any], ratio: str) -> str:
+    found = {policy: each["group_sizes"][COMPARED_K] for policy, each in policies.items()}
+    names = next(iter(found.values()))
+    rows = [[name, *(_cell(each[name][ratio]) for each in found.values())] for name in names]
+    return markdown_table([f"baseline, K = {COMPARED_K}", *found], rows)
 
 
 def length_tables(policies: dict[str, Any]) -> dict[str, str]:
@@ -115,6 +118,7 @@ def length_tables(policies: dict[str, Any]) -> dict[str, str]:
         "ranges": markdown_table(
             ["policy", "length", "completions", "pass@1", "squared norm, right", "squared norm, wrong"], ranges
         ),
+        "variances": _against_the_mean(policies, "over_group_mean"),
         "positions": markdown_table(["policy", "position", "tokens", "uncertainty per token"], positions),
         "within": markdown_table(
             ["policy", "weight, within groups", "correlation", "correlation of logarithms", "log-log slope"], within
@@ -161,6 +165,34 @@ def plot(policies: dict[str, Any], path: Path) -> None:
         axes[0].set_yticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"])
         axes[0].set_ylabel("variance relative to the optimum's")
         drawn.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+
+
+COMPARED = ("OPO", "uncertainty", "none", "exact")
+
+
+def plot_comparison(results: dict[str, dict[str, Any]], path: Path) -> None:
+    """Variance at equal scale relative to the plain mean's on every policy that was measured, K = 8."""
+    measured = {
+        f"{task}, {policy}" if len(policies) > 1 else task: found["group_sizes"][COMPARED_K]
+        for task, policies in results.items()
+        for policy, found in policies.items()
+    }
+    styles = {**LINES, "none": {"color": figures.COLORS["grpo"], "marker": "X"}}
+    with figures.figure(path, height=0.9 + 0.42 * len(measured)) as drawn:
+        axis = drawn.subplots()
+        for place, name in enumerate(COMPARED):
+            found = [each[name]["over_group_mean_at_equal_scale"] for each in measured.values()]
+            error = [[one["value"] - one["low"] for one in found], [one["high"] - one["value"] for one in found]]
+            y = [-row - 0.17 * (place - (len(COMPARED) - 1) / 2) for row in range(len(measured))]
+            style = {"ls": "", "ms": 5, "elinewidth": 1, "label": name, **styles[name], "lw": 0}
+            axis.errorbar([one["value"] for one in found], y, xerr=error, **style)
+        axis.axvline(1, color=figures.GREY, lw=1)
+        axis.set(xscale="log", xlim=(0.1, 6), xlabel="variance relative to the group mean's, at equal scale (K = 8)")
+        axis.set_xticks([0.1, 0.2, 0.5, 1, 2, 5], ["0.1", "0.2", "0.5", "1", "2", "5"])
+        axis.minorticks_off()
+        axis.set_yticks([-row for row in range(len(measured))], list(measured))
+        axis.grid(axis="y", visible=False)
+        drawn.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=len(COMPARED))
 
 
 def plot_norms(policies: dict[str, Any], completions: dict[str, Any], path: Path) -> None:
