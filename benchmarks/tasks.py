@@ -46,7 +46,7 @@ TASKS = {
         policy=SMOLLM2,
         load=load_word_problems,
         max_completion_length=LONGEST_COMPLETION,
-        stages={"fresh": 0},
+        stages={"pre-trained": 0},
         training={},
     ),
 }

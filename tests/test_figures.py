@@ -15,6 +15,7 @@ from planning import page_table as planning_table
 from row_traffic import count as count_traffic
 from row_traffic import page_sentence as traffic_sentence
 from row_traffic import page_table as traffic_table
+from stability_report import page_tables as stability_tables
 from streaming import hidden_by_round
 from streaming import table as streaming_table
 from streaming_simulation import page_table as simulation_table
@@ -32,6 +33,10 @@ def results(name):
 
 def key(case):
     return case["case"].replace("=0.0/", "=0/")
+
+
+def with_interval(estimate):
+    return f"{estimate['value']:.2f} ({estimate['low']:.2f} to {estimate['high']:.2f})"
 
 
 def update_row(case):
@@ -76,7 +81,7 @@ def test_the_updates_headlines():
 
 
 def test_a_ratio_is_the_same_number_on_every_page():
-    """`5.5x` means the update against TRL's; pages but streaming's have only the ratios of README's table and top."""
+    """`5.5x` means the update against TRL's; most pages have only the ratios of README's table and top."""
     ratios = re.compile(r"\b\d+\.\d+x\b")
     claims = {
         ratio for row in the_table(README, "half of the groups uninformative") for ratio in ratios.findall(str(row))
@@ -84,7 +89,7 @@ def test_a_ratio_is_the_same_number_on_every_page():
     assert len(claims) > 4
     claims |= set(other_lengths())
     for path in PAGES:
-        if path.stem not in ("update", "streaming"):
+        if path.stem not in ("update", "streaming", "stability"):  # those have ratios of their own
             assert set(ratios.findall(path.read_text())) <= claims, path.name
 
 
@@ -303,25 +308,56 @@ def test_the_variance():
     text = page("variance")
     for name, table in variance_tables(measured).items():
         assert table in text, name
-    text, readme = " ".join(text.split()), " ".join(README.split())
+    text = " ".join(text.split())
     sizes = measured["fresh"]["group_sizes"].values()
     ratios = [found["OPO"]["over_group_mean_at_equal_scale"]["value"] for found in sizes]
     assert f"at equal scale is {min(ratios):.1f} to {max(ratios):.1f} times the plain mean's" in text
 
-    def at_equal_scale(baseline):
-        policies = [measured[policy]["group_sizes"]["8"][baseline] for policy in ("fresh", "half-trained", "trained")]
-        return [found["over_group_mean_at_equal_scale"]["value"] for found in policies]
-
-    none = at_equal_scale("none")
+    none = [
+        policy["group_sizes"]["8"]["none"]["over_group_mean_at_equal_scale"]["value"] for policy in measured.values()
+    ]
     assert f"at all has {min(none):.2f} to {max(none):.2f} times the mean's variance (K = 8)" in text
-    for baseline, sentence in {
-        "OPO": "is {:.2f} times the plain mean's on the policy before training, because there the short completions "
-        "have the large gradients, and equal to the mean's ({:.2f} times)",
-        "uncertainty": "it is {:.2f} and {:.2f} times the mean's",
-        "none": "No baseline at all has {:.2f} and {:.2f} times the mean's variance",
-    }.items():
-        fresh, _, trained = at_equal_scale(baseline)
-        assert sentence.format(fresh, trained) in readme
+
+
+def test_the_pretrained_model():
+    measured = results("gradient_variance-smollm2")
+    text = page("real_model")
+    for name, table in (variance_tables(measured["policies"]) | length_tables(measured["policies"])).items():
+        if name not in ("norms", "weights", "variances"):
+            assert table in text, name
+    (model,), settings, words = measured["policies"].values(), measured["settings"], " ".join(text.split())
+    assert (
+        f"{settings['prompts']} problems with {settings['samples']} completions of each is {model['pass@1']:.2f}"
+        in words
+    )
+    ratios = {name: found["over_group_mean_at_equal_scale"] for name, found in model["group_sizes"]["8"].items()}
+    length = model["within_groups"]["lengths"]
+    assert f"to the power {with_interval(length['log_log_slope'])}" in words
+    assert f"correlation is {length['correlation']['value']:.2f}" in words
+    assert f"OPO's variance is {with_interval(ratios['OPO'])} times the plain mean's" in words
+    assert f"uncertainty of the tokens is at {with_interval(ratios['uncertainty'])}" in words
+    assert f"the exact norms are at {with_interval(ratios['exact'])}" in words
+    assert f"no baseline at all is at {with_interval(ratios['none'])}" in words
+    assert f"{model['sampler']['redrawn']} of {model['sampler']['tokens']:,} differ" in words
+
+
+def test_readmes_baseline_weights():
+    """Each row has the variance, at equal scale, with the weight that it advises."""
+
+    def ratio(task, baseline):
+        first = next(iter(results(f"gradient_variance{task}")["policies"].values()))
+        return with_interval(first["group_sizes"]["8"][baseline]["over_group_mean_at_equal_scale"])
+
+    rows = [row[2] for row in the_table(README, "your policy")]
+    assert f"OPO's variance is {ratio('-smollm2', 'OPO')} times the mean's" in rows[0]
+    assert rows[1].startswith(f"{ratio('-smollm2', 'uncertainty')}; the exact norms give {ratio('-smollm2', 'exact')}")
+    for row, task in zip(rows[2:], ("-long_chains", ""), strict=True):
+        assert f"{ratio(task, 'uncertainty')}; with the length {ratio(task, 'OPO')}" in row
+    model = next(iter(results("gradient_variance-smollm2")["policies"].values()))
+    exponent = model["within_groups"]["lengths"]["log_log_slope"]["value"]
+    assert f"grows with the length to the power {exponent:.2f}" in rows[0]
+    ahead = model["group_sizes"]["8"]["OPO"]["over_group_mean_at_equal_scale"]["value"]
+    assert f"gradient is {ahead:.2f} times that of the plain mean" in " ".join(README.split())
 
 
 def test_the_long_chains():
@@ -332,16 +368,59 @@ def test_the_long_chains():
         length_tables(measured["policies"]) | {k: of_variance[k] for k in ("OPO", "baselines")}
     ).items():
         assert table in text, name
-    settings, fresh = measured["settings"], measured["policies"]["fresh"]
-    assert f"{settings['prompts']} held-out problems and {settings['samples']} completions of each" in text
-    assert f"pass@1 is {fresh['pass@1']:.2f}" in text
-    ratios = {
-        name: found["over_group_mean_at_equal_scale"]["value"] for name, found in fresh["group_sizes"]["8"].items()
-    }
-    words = " ".join(text.split())
-    assert f"to the power {fresh['within_groups']['lengths']['log_log_slope']['value']:.2f}" in words
-    assert f"OPO's variance is {ratios['OPO']:.2f} times the plain mean's at equal scale (K = 8)" in words
-    assert f"uncertainty of the tokens is at {ratios['uncertainty']:.2f}" in words
+    settings, policies, words = measured["settings"], measured["policies"], " ".join(text.split())
+    fresh, half, trained = policies.values()
+    assert f"{settings['prompts']} held-out problems with {settings['samples']} completions of each" in words
+    assert f"from pass@1 {fresh['pass@1']:.2f} to {trained['pass@1']:.2f}" in words
+    assert f"and have {half['pass@1']:.2f} and {trained['pass@1']:.2f}" in words
+    ratios = {name: found["over_group_mean_at_equal_scale"] for name, found in fresh["group_sizes"]["8"].items()}
+    length = fresh["within_groups"]["lengths"]
+    assert f"to the power {with_interval(length['log_log_slope'])}, as the paper assumes" in words
+    assert f"correlation within groups is {length['correlation']['value']:.2f}" in words
+    assert f"the power is {trained['within_groups']['lengths']['log_log_slope']['value']:.2f}" in words
+    assert f"OPO's variance is {with_interval(ratios['OPO'])} times the plain mean's at equal scale (K = 8)" in words
+    assert f"uncertainty of the tokens is at {with_interval(ratios['uncertainty'])}" in words
+    assert f"the exact norms would be at {ratios['exact']['value']:.2f}" in words
+    sampled = [policy["sampler"] for policy in policies.values()]
+    redrawn, tokens = (sum(each[name] for each in sampled) for name in ("redrawn", "tokens"))
+    assert f"{redrawn} of {tokens:,} differ" in words
+    first = results("gradient_variance-long_chains-1500")["policies"]["fresh"]
+    assert f"had a pass@1 of {first['pass@1']:.2f}" in words
+    ratio = first["group_sizes"]["8"]["OPO"]["over_group_mean_at_equal_scale"]
+    assert f"its power was {first['within_groups']['lengths']['log_log_slope']['value']:.2f}" in words
+    assert f"OPO's variance {ratio['value']:.2f} times the mean's ({ratio['low']:.2f} to {ratio['high']:.2f})" in words
+
+
+def test_the_stability_map():
+    measured = results("stability_map")
+    text = page("stability")
+    for name, table in stability_tables(measured).items():
+        assert table in text, name
+    words, rows = " ".join(text.split()), measured["rows"]
+    bands = {name: row["band"] for name, row in rows.items()}
+    widths = [f"{bands[name]['width']:.1f}" for name in ("opo-1", *(f"grpo-{steps}" for steps in (1, 2, 4, 8)))]
+    opo, one, *more = widths
+    assert f"over a factor of {opo}, GRPO with one step over {one}" in words
+    assert "with 2, 4 and 8 steps over {}, {} and {}".format(*more) in words
+
+    def rate(name, side):
+        return f"{bands[name][side]:.1e}".replace("e-0", "e-")
+
+    assert f"falls from {rate('grpo-1', 'high')} with one step to {rate('grpo-8', 'high')} with eight" in words
+    fresh, stale = (f"{rate(name, 'low')} to {rate(name, 'high')}" for name in ("grpo_fresh-4", "grpo-4"))
+    assert f"the band of GRPO with 4 steps: {fresh} against {stale}" in words
+    assert f"{measured['runs']} runs, {measured['cpu_hours']:.0f} hours of CPU time" in words
+    assert f"the starting policy's {measured['start']['entropy']:.3f}" in words
+    lost = [
+        (kl, entropy)
+        for row in rows.values()
+        for cell in row["cells"].values()
+        for collapsed, kl, entropy in zip(cell["collapsed"], cell["kl_plain"], cell["entropy"], strict=True)
+        if collapsed
+    ]
+    kls, entropies = zip(*lost, strict=True)
+    assert f"a KL of {min(kls):.1f} to {max(kls):.0f} nats per token" in words
+    assert min(entropies) < measured["start"]["entropy"] < max(entropies)
 
 
 def test_the_time_to_an_accuracy():
