@@ -59,16 +59,13 @@ def main() -> None:
         return json.loads((RESULTS / f"{name}.json").read_text())
 
     opo_report.plot(result("opo_vs_grpo")["variants"], RESULTS / "opo_vs_grpo.png")
-    variance_report.plot(result("gradient_variance")["policies"], RESULTS / "gradient_variance.png")
+    of_tiny = result("gradient_variance")["policies"]
+    variance_report.plot(of_tiny, RESULTS / "gradient_variance.png")
     on_long_chains = result("gradient_variance-long_chains")["policies"]
     variance_report.plot(on_long_chains, RESULTS / "gradient_variance-long_chains.png")
     of_smollm2 = result("gradient_variance-smollm2")["policies"]
     variance_report.plot(of_smollm2, RESULTS / "gradient_variance-smollm2.png")
-    compared = {
-        "tiny policy": result("gradient_variance")["policies"],
-        "long chains": on_long_chains,
-        "SmolLM2-135M": of_smollm2,
-    }
+    compared = {"tiny policy": of_tiny, "long chains": on_long_chains, "SmolLM2-135M": of_smollm2}
     variance_report.plot_comparison(compared, RESULTS / "which_baseline.png")
     stability_report.plot(result("stability_map"), RESULTS / "stability_map.png")
     time_report.plot(result("time_to_accuracy"), RESULTS / "time_to_accuracy.png")

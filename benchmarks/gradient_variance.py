@@ -3,7 +3,7 @@ Gradient variance and bias of every baseline, measured on a policy's own samples
 
     python benchmarks/gradient_variance.py           # the tiny policy at three stages; 9 minutes of CPU time
     python benchmarks/gradient_variance.py --task long_chains --prompts 32 --samples 64
-    python benchmarks/gradient_variance.py --task smollm2 --prompts 20 --samples 32  # after make_smollm2.py
+    python benchmarks/gradient_variance.py --task smollm2 --prompts 18 --samples 32  # after make_smollm2.py
     python benchmarks/gradient_variance.py --models NAME_OR_DIR --dataset openai/gsm8k:train:main --output FILE.json
 
 For each of `--prompts` problems, `--samples` completions are sampled and scored, and the gradient g_i of the
@@ -19,15 +19,14 @@ completions, with every baseline on the same groups.
 - **Variance at equal scale** divides the variance by the squared scale: a baseline that contains the sample itself
   shrinks the gradient, and with it the variance; a larger learning rate compensates for that.
 - Intervals are 95 % percentile bootstraps over prompts, also for ratios.
+- **The sampler** is checked: each token is drawn once more, with the same random number, from the distribution that the
+  gradient is taken of. Sampling is at temperature 1, with no other setting of `generate`.
 
 Weights of the baseline, in addition to powers of the length: "logit norm" is sum_t (1 - 2 pi(y_t) + sum_v pi(v)^2), the
 squared norm of the score with respect to the logits (arXiv 2602.07078). "uncertainty" is sum_t (1 - pi(y_t))^2, between
 one half of that and all of it. "1 - pi" is sum_t (1 - pi(y_t)), which has the same mean over y_t. The last two need
 only the probabilities of the sampled tokens. "exact" is the true |g_i|^2 (Eq. 9) of the K completions themselves.
 "optimum" is the best constant for the prompt, computed from all its samples.
-
-- **The sampler** is checked: each token is drawn once more, with the same random number, from the distribution that the
-  gradient is taken of. Sampling is at temperature 1, with no other setting of `generate`.
 
 The inner products of each prompt are a file in `--raw_dir`, and so are the checkpoints between the stages: an
 interrupted measurement resumes, and a later one with more prompts or stages reads those that are there.
@@ -55,7 +54,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 from transformers.utils import logging
 
 from length_statistics import WEIGHTS, by_length, describe_lengths, estimate, profile, within_groups
-from measuring import RESULTS, keep_freed_memory, provenance, sample_records
+from measuring import RESULTS, keep_freed_memory, provenance, sample_records, sampling_seed
 from opo_trl import OPOConfig, OPOTrainer
 from opo_trl.algorithm.baselines import (
     group_mean,
@@ -348,7 +347,7 @@ def take_prompt(model: Any, tokenizer: Any, problem: dict[str, Any], args: argpa
     )  # fmt: skip
     rewards = [record["reward"] or 0.0 for record in records]
     completions = [record["token_ids"] for record in records]
-    seeds = [record_seed(args.seed, problem["id"], sample) for sample in range(args.samples)]  # as `sample_records`
+    seeds = [sampling_seed(args.seed, problem, sample) for sample in range(args.samples)]
     prompt = tokenize_prompt(tokenizer, problem["prompt"])
     return take_gradients(model, prompt, completions, rewards, seeds, args.max_new_tokens)
 

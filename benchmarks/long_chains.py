@@ -26,7 +26,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from opo_trl.scripts.arithmetic import SPLIT_SHARES, split_of
+from opo_trl.scripts.arithmetic import draw_distinct
 
 LABELS = "abcdefghijklmnop"
 FEWEST_OPERATIONS, MOST_OPERATIONS = 7, 12
@@ -149,13 +149,10 @@ def load_long_chains(split: str, size: int, seed: int = 0) -> Dataset:
     Raises:
         ValueError: If there is no such split.
     """
-    if split not in SPLIT_SHARES:
-        raise ValueError(f"split must be one of {sorted(SPLIT_SHARES)}, got {split!r}.")
-    rng = random.Random(f"long-chains-{split}-{seed}")
-    rows: dict[str, dict[str, Any]] = {}
-    while len(rows) < size:
+
+    def draw(rng: random.Random) -> tuple[str, dict[str, Any]]:
         problem = make_problem(rng)
-        text = problem["problem"]
-        if split_of(text) == split:
-            rows[text] = {"prompt": text, "solution": problem["answer"], "operations": len(problem["operations"])}
-    return Dataset.from_list([{**row, "id": text} for text, row in rows.items()])
+        text, operations = problem["problem"], len(problem["operations"])
+        return text, {"prompt": text, "solution": problem["answer"], "operations": operations, "id": text}
+
+    return Dataset.from_list(draw_distinct(split, size, f"long-chains-{split}-{seed}", draw))

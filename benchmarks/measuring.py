@@ -74,6 +74,11 @@ def crossing(places: Sequence[float], accuracies: Sequence[float], target: float
     return None
 
 
+def sampling_seed(seed: int, problem: Any, sample: int) -> int:
+    """Seed of one completion in [`sample_records`]."""
+    return record_seed(seed, problem["id"], sample)
+
+
 def sample_records(
     model: Any,
     tokenizer: Any,
@@ -121,7 +126,7 @@ def sample_records(
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
         prompts = [tokenize_prompt(tokenizer, row["prompt"]) for row, _ in batch]
-        completions = sampler.sample(prompts, [record_seed(seed, row["id"], sample) for row, sample in batch])
+        completions = sampler.sample(prompts, [sampling_seed(seed, row, sample) for row, sample in batch])
         records += judge(batch, completions)
         if base is not None:
             token_ids = [completion.token_ids for completion in completions]

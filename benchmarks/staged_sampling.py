@@ -46,11 +46,6 @@ class StagedSampler:
         ]
 
 
-def rollouts_of(task: Any) -> "StagedRollouts | None":
-    """The `rollout_func` for a task that has stages, and `None`, for TRL's own sampling, otherwise."""
-    return StagedRollouts((*task.sampling_stages, task.max_completion_length)) if task.sampling_stages else None
-
-
 class StagedRollouts:
     """A `rollout_func` of TRL's trainers that samples with a [`StagedSampler`], at temperature 1, on one process."""
 
@@ -64,3 +59,8 @@ class StagedRollouts:
         completions = StagedSampler(trainer.model, trainer.processing_class, self.limits).sample(prompt_ids, seeds)
         # The policy itself samples: there is nothing to correct, so no log-probabilities.
         return {"prompt_ids": prompt_ids, "completion_ids": [each.token_ids for each in completions], "logprobs": None}
+
+
+def rollouts_of(task: Any) -> StagedRollouts | None:
+    """The `rollout_func` for a task that has stages, and `None`, for TRL's own sampling, otherwise."""
+    return StagedRollouts((*task.sampling_stages, task.max_completion_length)) if task.sampling_stages else None

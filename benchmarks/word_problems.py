@@ -14,7 +14,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from opo_trl.scripts.arithmetic import SPLIT_SHARES, split_of
+from opo_trl.scripts.arithmetic import draw_distinct
 
 SMALLEST, LARGEST = 2, 9  # operands
 NAMES = ("Maria", "Ben", "Lucy", "Omar", "Nina", "Paul", "Sara", "Leo")
@@ -69,12 +69,9 @@ def load_word_problems(split: str, size: int, seed: int = 0) -> Dataset:
     Raises:
         ValueError: If there is no such split.
     """
-    if split not in SPLIT_SHARES:
-        raise ValueError(f"split must be one of {sorted(SPLIT_SHARES)}, got {split!r}.")
-    rng = random.Random(f"word-problems-{split}-{seed}")
-    rows: dict[str, dict[str, Any]] = {}
-    while len(rows) < size:
+
+    def draw(rng: random.Random) -> tuple[str, dict[str, Any]]:
         problem, answer = make_problem(rng)
-        if split_of(problem) == split:
-            rows[problem] = {"prompt": make_prompt(problem), "solution": str(answer), "id": problem}
-    return Dataset.from_list(list(rows.values()))
+        return problem, {"prompt": make_prompt(problem), "solution": str(answer), "id": problem}
+
+    return Dataset.from_list(draw_distinct(split, size, f"word-problems-{split}-{seed}", draw))

@@ -39,6 +39,11 @@ def with_interval(estimate):
     return f"{estimate['value']:.2f} ({estimate['low']:.2f} to {estimate['high']:.2f})"
 
 
+def at_equal_scale(policy):
+    """Variance of each baseline relative to the group mean's, K = 8."""
+    return {name: found["over_group_mean_at_equal_scale"] for name, found in policy["group_sizes"]["8"].items()}
+
+
 def update_row(case):
     lengths, uninformative, rows, *sampler = case["case"].split("/")
     lengths = {"lognormal": "log-normal", "tiny_policy": "tiny policy"}.get(lengths, lengths)
@@ -313,9 +318,7 @@ def test_the_variance():
     ratios = [found["OPO"]["over_group_mean_at_equal_scale"]["value"] for found in sizes]
     assert f"at equal scale is {min(ratios):.1f} to {max(ratios):.1f} times the plain mean's" in text
 
-    none = [
-        policy["group_sizes"]["8"]["none"]["over_group_mean_at_equal_scale"]["value"] for policy in measured.values()
-    ]
+    none = [at_equal_scale(policy)["none"]["value"] for policy in measured.values()]
     assert f"at all has {min(none):.2f} to {max(none):.2f} times the mean's variance (K = 8)" in text
 
 
@@ -330,8 +333,7 @@ def test_the_pretrained_model():
         f"{settings['prompts']} problems with {settings['samples']} completions of each is {model['pass@1']:.2f}"
         in words
     )
-    ratios = {name: found["over_group_mean_at_equal_scale"] for name, found in model["group_sizes"]["8"].items()}
-    length = model["within_groups"]["lengths"]
+    ratios, length = at_equal_scale(model), model["within_groups"]["lengths"]
     assert f"to the power {with_interval(length['log_log_slope'])}" in words
     assert f"correlation is {length['correlation']['value']:.2f}" in words
     assert f"OPO's variance is {with_interval(ratios['OPO'])} times the plain mean's" in words
@@ -346,7 +348,7 @@ def test_readmes_baseline_weights():
 
     def ratio(task, baseline):
         first = next(iter(results(f"gradient_variance{task}")["policies"].values()))
-        return with_interval(first["group_sizes"]["8"][baseline]["over_group_mean_at_equal_scale"])
+        return with_interval(at_equal_scale(first)[baseline])
 
     rows = [row[2] for row in the_table(README, "your policy")]
     assert f"OPO's variance is {ratio('-smollm2', 'OPO')} times the mean's" in rows[0]
@@ -356,7 +358,7 @@ def test_readmes_baseline_weights():
     model = next(iter(results("gradient_variance-smollm2")["policies"].values()))
     exponent = model["within_groups"]["lengths"]["log_log_slope"]["value"]
     assert f"grows with the length to the power {exponent:.2f}" in rows[0]
-    ahead = model["group_sizes"]["8"]["OPO"]["over_group_mean_at_equal_scale"]["value"]
+    ahead = at_equal_scale(model)["OPO"]["value"]
     assert f"gradient is {ahead:.2f} times that of the plain mean" in " ".join(README.split())
 
 
@@ -373,8 +375,7 @@ def test_the_long_chains():
     assert f"{settings['prompts']} held-out problems with {settings['samples']} completions of each" in words
     assert f"from pass@1 {fresh['pass@1']:.2f} to {trained['pass@1']:.2f}" in words
     assert f"and have {half['pass@1']:.2f} and {trained['pass@1']:.2f}" in words
-    ratios = {name: found["over_group_mean_at_equal_scale"] for name, found in fresh["group_sizes"]["8"].items()}
-    length = fresh["within_groups"]["lengths"]
+    ratios, length = at_equal_scale(fresh), fresh["within_groups"]["lengths"]
     assert f"to the power {with_interval(length['log_log_slope'])}, as the paper assumes" in words
     assert f"correlation within groups is {length['correlation']['value']:.2f}" in words
     assert f"the power is {trained['within_groups']['lengths']['log_log_slope']['value']:.2f}" in words
@@ -386,7 +387,7 @@ def test_the_long_chains():
     assert f"{redrawn} of {tokens:,} differ" in words
     first = results("gradient_variance-long_chains-1500")["policies"]["fresh"]
     assert f"had a pass@1 of {first['pass@1']:.2f}" in words
-    ratio = first["group_sizes"]["8"]["OPO"]["over_group_mean_at_equal_scale"]
+    ratio = at_equal_scale(first)["OPO"]
     assert f"its power was {first['within_groups']['lengths']['log_log_slope']['value']:.2f}" in words
     assert f"OPO's variance {ratio['value']:.2f} times the mean's ({ratio['low']:.2f} to {ratio['high']:.2f})" in words
 

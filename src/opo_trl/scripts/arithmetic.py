@@ -8,6 +8,7 @@ tiny policy up, the ones that OPO trains on and the ones that measure pass@1 are
 
 import hashlib
 import random
+from collections.abc import Callable
 from typing import Any
 
 from datasets import Dataset
@@ -25,6 +26,45 @@ def split_of(problem: str) -> str:
             return split
         tenth -= share
     raise AssertionError("SPLIT_SHARES must add up to 10")
+
+
+def share_of(split: str) -> int:
+    """Tenths of all problems that are in a split; a `ValueError` if there is no such split."""
+    if split not in SPLIT_SHARES:
+        raise ValueError(f"split must be one of {sorted(SPLIT_SHARES)}, got {split!r}.")
+    return SPLIT_SHARES[split]
+
+
+def draw_distinct(
+    split: str, size: int, seed: str, draw: Callable[[random.Random], tuple[str, dict[str, Any]]]
+) -> list[dict[str, Any]]:
+    """
+    Draw `size` distinct problems of one split.
+
+    Args:
+        split (`str`):
+            `"warm_start"`, `"train"` or `"test"`.
+        size (`int`):
+            Number of problems.
+        seed (`str`):
+            Seed of the draw.
+        draw (`Callable`):
+            Draws one problem, of any split: its text, and its row.
+
+    Returns:
+        `list[dict]`: The rows, in the order of the draw.
+
+    Raises:
+        ValueError: If there is no such split.
+    """
+    share_of(split)  # refuses an unknown split, which would have no problems to draw
+    rng = random.Random(seed)
+    rows: dict[str, dict[str, Any]] = {}
+    while len(rows) < size:
+        problem, row = draw(rng)
+        if split_of(problem) == split:
+            rows.setdefault(problem, row)
+    return list(rows.values())
 
 
 def make_problem(rng: random.Random, largest: int = LARGEST_OPERAND) -> dict[str, str]:
@@ -59,15 +99,12 @@ def load_arithmetic(split: str, size: int, seed: int = 0) -> Dataset:
     Raises:
         ValueError: If there is no such split, or it is too small for `size` distinct problems.
     """
-    if split not in SPLIT_SHARES:
-        raise ValueError(f"split must be one of {sorted(SPLIT_SHARES)}, got {split!r}.")
-    limit = NUM_PROBLEMS * SPLIT_SHARES[split] // 20
+    limit = NUM_PROBLEMS * share_of(split) // 20
     if size > limit:
         raise ValueError(f"size must be at most {limit} for the split {split!r}, got {size}.")
-    rng = random.Random(f"{split}-{seed}")
-    rows: dict[str, dict[str, Any]] = {}
-    while len(rows) < size:
+
+    def draw(rng: random.Random) -> tuple[str, dict[str, Any]]:
         row = make_problem(rng)
-        if split_of(row["problem"]) == split:
-            rows.setdefault(row["problem"], row)
-    return Dataset.from_list(list(rows.values()))
+        return row["problem"], row
+
+    return Dataset.from_list(draw_distinct(split, size, f"{split}-{seed}", draw))
