@@ -1,6 +1,8 @@
 r"""
 Word problems for a small pre-trained language model: one operation on numbers from 2 to 9, after three worked examples.
 
+    python benchmarks/word_problems.py    # writes outputs/word_problems/train.jsonl and test.jsonl, in a second
+
     Tom has 6 shells and gets 3 more. How many shells does Tom have?
     Maria had 12 books and lost 5. How many books are left?
     There are 4 boxes with 5 coins each. How many coins are there?
@@ -9,13 +11,16 @@ The examples show the form of an answer, `\boxed{}`, with one, five and three se
 explains is left to the model. Every problem belongs to exactly one split, decided by a hash of its text.
 """
 
+import argparse
 import random
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 
 from opo_trl.scripts.arithmetic import draw_distinct
 
+ROOT = Path(__file__).resolve().parents[1]
 SMALLEST, LARGEST = 2, 9  # operands
 NAMES = ("Maria", "Ben", "Lucy", "Omar", "Nina", "Paul", "Sara", "Leo")
 THINGS = ("apples", "books", "coins", "cards", "shells", "stamps", "cookies", "stickers")
@@ -75,3 +80,19 @@ def load_word_problems(split: str, size: int, seed: int = 0) -> Dataset:
         return problem, {"prompt": make_prompt(problem), "solution": str(answer), "id": problem}
 
     return Dataset.from_list(draw_distinct(split, size, f"word-problems-{split}-{seed}", draw))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=ROOT / "outputs" / "word_problems")
+    parser.add_argument("--train_problems", type=int, default=1000)
+    parser.add_argument("--test_problems", type=int, default=128)
+    args = parser.parse_args()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    for split, size in (("train", args.train_problems), ("test", args.test_problems)):
+        load_word_problems(split, size).to_json(args.output_dir / f"{split}.jsonl")
+    print(f"written to {args.output_dir}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,7 @@
 """Weights in a file: complete or absent, of the version that was asked for, and what a worker makes of them."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from safetensors.torch import save_file
 
 from opo_trl.rollouts import weight_file
 from opo_trl.rollouts.weight_file import WeightFileError, read_weights, unusable_directory, write_weights
-from vllm_stand_in import ServedModel, stand_in_worker
+from vllm_stand_in import ServedModel, import_worker, stand_in_modules, stand_in_worker
 
 
 def some_weights(seed=0):
@@ -148,3 +149,19 @@ def test_a_worker_reads_the_trainers_probe(tmp_path):
     (tmp_path / "probe").write_text("run")
     assert worker.opo_read_probe(str(tmp_path / "probe")) == {"probe": "run"}
     assert worker.opo_read_probe(str(tmp_path / "absent")) == {"probe": None}
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_on_a_cpu_no_linear_weight_is_packed(on_cpu):
+    """A packed copy does not follow the weight: vLLM's own choice is for other layers, and for other devices."""
+    modules, packed = stand_in_modules(on_cpu), []
+    layer_utils = modules["vllm.model_executor.layers.utils"]
+    layer_utils.dispatch_cpu_unquantized_gemm = lambda layer, remove_weight: packed.append(layer)
+    import_worker(modules)
+    linear, convolution = SimpleNamespace(weight=torch.ones(3, 2)), SimpleNamespace(weight=torch.ones(3, 1, 4))
+    for layer in (linear, convolution):
+        layer_utils.dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
+    assert packed == ([convolution] if on_cpu else [linear, convolution])
+    if on_cpu:
+        linear.weight.mul_(2)
+        assert linear.cpu_linear(torch.ones(1, 2), linear.weight, None).tolist() == [[4, 4, 4]]

@@ -6,6 +6,7 @@ fail.
 """
 
 import contextlib
+import importlib
 import json
 import random
 import sys
@@ -30,10 +31,11 @@ def stand_in_modules(on_cpu: bool = True) -> dict[str, ModuleType]:
     """Modules of vLLM that the worker extension imports, with what it takes from them."""
     names = {
         "vllm": {},
-        "vllm._custom_ops": {"_supports_onednn": True},
         "vllm.config": {"set_current_vllm_config": contextlib.nullcontext},
         "vllm.platforms": {"current_platform": SimpleNamespace(is_cpu=lambda: on_cpu)},
         "vllm.model_executor": {},
+        "vllm.model_executor.layers": {},
+        "vllm.model_executor.layers.utils": {"dispatch_cpu_unquantized_gemm": lambda layer, remove_weight: None},
         "vllm.model_executor.model_loader": {},
         "vllm.model_executor.model_loader.reload": {
             "initialize_layerwise_reload": lambda model: None,
@@ -47,6 +49,15 @@ def stand_in_modules(on_cpu: bool = True) -> dict[str, ModuleType]:
         if parent:
             setattr(modules[parent], child, module)
     return modules
+
+
+def import_worker(modules: dict[str, ModuleType]) -> ModuleType:
+    """Import the package's worker extension with these modules in place of vLLM's."""
+    with mock.patch.dict(sys.modules, modules):
+        sys.modules.pop("opo_trl.rollouts.weight_file_worker", None)
+        module = importlib.import_module("opo_trl.rollouts.weight_file_worker")
+        sys.modules.pop("opo_trl.rollouts.weight_file_worker")
+    return module
 
 
 class ServedModel:
@@ -66,12 +77,7 @@ class ServedModel:
 
 def stand_in_worker(model: ServedModel) -> Any:
     """The package's worker extension on a worker that has nothing else."""
-    with mock.patch.dict(sys.modules, stand_in_modules()):
-        sys.modules.pop("opo_trl.rollouts.weight_file_worker", None)
-        from opo_trl.rollouts.weight_file_worker import WeightFileWorker
-
-        sys.modules.pop("opo_trl.rollouts.weight_file_worker")
-    worker = WeightFileWorker()
+    worker = import_worker(stand_in_modules()).WeightFileWorker()
     worker.vllm_config, worker.model_config = None, SimpleNamespace(quantization=None)
     worker.model_runner = SimpleNamespace(get_model=lambda: model, reset_lora_state=lambda: None)
     return worker

@@ -21,12 +21,13 @@ ROWS, ROWS_AT_ONCE, TOKENS = 128, 16, 32  # completions of each rank, those in o
 
 _FIXES = {
     "colocate": (
-        "Check that vLLM is a release that TRL supports, and that `sync_weights` reaches every layer of the engine"
+        "Check that vLLM is a release that TRL supports, and that `sync_weights` reaches every layer of the engine (on "
+        "a CPU, import `opo_trl.rollouts.weight_file_worker` before the trainer is built: vLLM then packs no weights)"
     ),
     "server": (
         "Check that the server serves this model and revision, that it was started with `--logprobs-mode "
-        "processed_logprobs` and the trainer's `--dtype`, that new weights reach every layer (on a CPU, those packed "
-        "for oneDNN cannot be replaced), and, where it uses speculative decoding, that it draws correctly without it"
+        "processed_logprobs` and the trainer's `--dtype`, that new weights reach every layer (on a CPU, packed ones "
+        "cannot be replaced), and, where it uses speculative decoding, that it draws correctly without it"
     ),
 }
 

