@@ -231,6 +231,7 @@ EVALUATION_ROWS = {  # row of the table -> metric, factor, digits
     "pass@4 (%)": ("pass@4", 100, 1),
     "pass@8 (%)": ("pass@8", 100, 1),
     "maj@8 (%)": ("maj@8", 100, 1),
+    "no answer (%)": ("no-answer", 100, 1),
     "length (tokens)": ("length", 1, 1),
     "Self-BLEU (%)": ("self-bleu", 100, 1),
     "Distinct-2 (%)": ("distinct-2", 100, 1),
