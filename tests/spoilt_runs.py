@@ -19,7 +19,7 @@ ANSWERS = ["boxed: \\boxed{12}", "\\boxed{12}", "it is \\boxed{7}", "\\boxed{30}
 PROSE = ["it is twelve", "12", "the result is 12", "no idea"]
 TITLES = {
     "truncated": "All completions are truncated",
-    "no boxes": "No completion has an answer",
+    "no boxes": "No completion has a boxed answer",
     "always 1": "The reward is always 1",
 }
 

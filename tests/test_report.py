@@ -27,7 +27,7 @@ from opo_trl.report.metrics import Series, metric_series
 from opo_trl.report.page import SHOWN_SETTINGS, describe
 from opo_trl.report.run_files import choose_steps, read_run
 from opo_trl.scripts import cli
-from spoilt_runs import TITLES, spoilt_run
+from spoilt_runs import PROSE, TITLES, spoilt_run
 from tiny import tiny_model, tiny_tokenizer
 
 pytest.importorskip("plotly", reason="the report needs plotly: pip install plotly")
@@ -286,6 +286,8 @@ def test_what_never_changes_is_not_drawn():
     assert [line.label for line in times.charts[0].lines] == ["score", "update"], "a phase that takes time is drawn"
     assert times.constant == ["time/sync_weights"]
     assert absent(metric_series(log)) == ["completions/mean_length", "entropy", "grad_norm", "frac_reward_zero_std"]
+    untrained = absent(metric_series(log_of(reward=[1.0], opo__informative_fraction=[0.0])))
+    assert "entropy (an average over trained tokens, of which there were none)" in untrained
 
 
 def test_meanings_are_those_of_the_documentation():
@@ -347,7 +349,7 @@ def test_rules_on_completions():
         row["opo/reward"] = row["scored"]
     found = find(Evidence({}, [*group_rows(half[:4], ["scored"]), *group_rows(half[4:], ["scored"])]))
     assert [finding.title for finding in found] == [
-        "50 % of the completions have no answer", "No reward above 0 in 50 % of the groups",
+        "50 % of the completions have no boxed answer", "No reward above 0 in 50 % of the groups",
     ]  # fmt: skip
     held_out = [{**row, "opo/split": "eval"} for row in half[:4]]
     assert find(Evidence({}, group_rows(held_out, ["scored"]))) == []
@@ -370,6 +372,13 @@ def test_a_spoilt_run_is_seen_at_first_sight(tmp_path, kind):
     assert (facts["num_generations"], facts["learning_rate"], facts["loss_type"]) == ("4", "0.001", "dapo")
     assert "opo-trl" in facts["versions"]
     assert not [name for name in content["settings"] if name.endswith("_token")]
+    if kind == "truncated":
+        assert "`max_completion_length` is 32, but the longest have 6 tokens." in content["findings"][0]["text"]
+    if kind == "no boxes":
+        labels, texts = zip(*content["findings"][0]["examples"], strict=True)
+        assert labels == ("prompt", "solution", "no answer", "no answer", "no answer")
+        assert texts[1] == "12"
+        assert set(texts[2:]) < set(PROSE)
     if kind == "always 1":
         assert "`always_one`" in content["findings"][0]["text"]
         assert [what for what, _ in content["findings"][0]["examples"]] == [
@@ -396,6 +405,13 @@ def test_what_half_of_the_completions_have_explains_nothing():
     found = find(Evidence(metric_series(log_of(completions__clipped_ratio=[0.9], opo__informative_fraction=[0.0])), []))
     assert [finding.title for finding in found] == ["90 % of the completions are truncated"]
     assert [finding.title for finding in found[0].consequences] == ["No learning signal"]
+
+
+def test_truncation_at_the_limit_and_before_it_have_different_advice():
+    log = log_of(completions__clipped_ratio=[1.0], completions__max_length=[32.0])
+    texts = [find(Evidence(metric_series(log), [], limit))[0] for limit in (None, 32, 64)]
+    assert ["Raise `max_completion_length`" in finding.advice for finding in texts] == [True, True, False]
+    assert ["32 tokens" in finding.text for finding in texts] == [False, False, True]
 
 
 def test_each_rule_is_found_or_not_or_could_not_be_evaluated():

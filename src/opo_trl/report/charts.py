@@ -82,7 +82,10 @@ def arrange(metrics: Mapping[str, Series]) -> list[Section]:
 def absent(metrics: Mapping[str, Series]) -> list[str]:
     """Metrics to look at first that every trainer logs and that this run has no value of."""
     own = [name for name in FIRST if not name.startswith("opo/")]
-    return [name for name in own if metrics and name not in metrics]
+    informative = metrics.get("opo/informative_fraction")
+    untrained = informative is not None and not any(informative.values)
+    why = {"entropy": " (an average over trained tokens, of which there were none)"} if untrained else {}
+    return [name + why.get(name, "") for name in own if metrics and name not in metrics]
 
 
 def _section(title: str, charts: Sequence[Chart], metrics: Mapping[str, Series]) -> Section:

@@ -34,7 +34,7 @@ class Finding(NamedTuple):
         explains (`bool`, *optional*, defaults to `True`):
             Whether it is frequent enough to explain the findings that can follow from it.
         examples (`list[tuple[str, str]]`, *optional*):
-            Two completions of a group, with what each text is.
+            Some completions of a group, with what each text is.
         consequences (`list[Finding]`, *optional*):
             Findings that probably follow from this one.
     """
@@ -87,10 +87,13 @@ class Evidence:
             Every metric of the run.
         groups (`Sequence[Group]`):
             Groups of the report, of training and evaluation.
+        limit (`int`, *optional*):
+            `max_completion_length` of the run; None where it is not known.
     """
 
     metrics: Mapping[str, Series]
     groups: Sequence[Group]
+    limit: int | None = None
 
     @property
     def trained(self) -> list[Group]:
@@ -169,12 +172,26 @@ def _truncated(evidence: Evidence) -> Finding | None:
     share = evidence.recent("completions/clipped_ratio")
     if share is None or share < 0.5:
         return None
+    longest = evidence.recent("completions/max_length")
+    text = (
+        f"In the last quarter of the logged steps {_percent(share)} of the completions stop without an end-of-sequence "
+        "token, so most never state an answer."
+    )
+    if longest is None or evidence.limit is None or longest >= evidence.limit:
+        advice = (
+            "Raise `max_completion_length`, or check that the model's end-of-sequence token is the one that the "
+            "tokenizer names."
+        )
+    else:
+        text += f" `max_completion_length` is {evidence.limit}, but the longest have {longest:.0f} tokens."
+        advice = (
+            "Find what stops them before the limit: a generation setting, a stop string, or a `rollout_func` that "
+            "leaves the end-of-sequence token out."
+        )
     return Finding(
         "All completions are truncated" if share == 1 else f"{_percent(share)} of the completions are truncated",
-        f"In the last quarter of the logged steps {_percent(share)} of the completions reach `max_completion_length` "
-        "without an end-of-sequence token, so most never state an answer.",
-        "Raise `max_completion_length`, or check that the model's end-of-sequence token is the one that the tokenizer "
-        "names.",
+        text,
+        advice,
         "truncated",
         share >= EXPLAINS,
     )
@@ -203,13 +220,16 @@ def _no_answer(evidence: Evidence) -> Finding | None:
     if share < 0.5:
         return None
     return Finding(
-        "No completion has an answer" if share == 1 else f"{_percent(share)} of the completions have no answer",
+        "No completion has a boxed answer"
+        if share == 1
+        else f"{_percent(share)} of the completions have no boxed answer",
         f"`math_verify_reward` finds no answer, such as `\\boxed{{42}}`, in {_percent(share)} of the {len(verdicts)} "
         "training completions in this report.",
         "Ask for a box in the prompt (`--instruction`), add `boxed_format_reward`, or start from a model that answers "
         "in this format.",
         "no_answer",
         share >= EXPLAINS,
+        _without_answer(evidence.trained),
     )
 
 
@@ -325,8 +345,23 @@ def _different_completions(groups: Sequence[Group]) -> list[tuple[str, str]]:
     if not candidates:
         return []
     _, group, one, two = max(candidates, key=lambda candidate: candidate[0])
+    return _examples(group, [(f"reward {each.reward:g}", each) for each in (one, two)])
+
+
+def _without_answer(groups: Sequence[Group]) -> list[tuple[str, str]]:
+    """Up to three completions without an answer: of the group that has the most different ones."""
+
+    def different(group: Group) -> list[Completion]:
+        return list({_text_of(each.messages): each for each in group.completions if each.verdict == NO_ANSWER}.values())
+
+    group = max(groups, key=lambda group: len(different(group)))
+    return _examples(group, [("no answer", each) for each in different(group)[:3]])
+
+
+def _examples(group: Group, completions: Sequence[tuple[str, Completion]]) -> list[tuple[str, str]]:
+    """The prompt of a group, its solution if it has one, and completions with what each is."""
     solution = [] if group.solution is None else [("solution", _end(group.solution))]
-    texts = [(f"reward {each.reward:g}", _end(_text_of(each.messages))) for each in (one, two)]
+    texts = [(what, _end(_text_of(each.messages))) for what, each in completions]
     return [("prompt", _end(_text_of(group.prompt))), *solution, *texts]
 
 

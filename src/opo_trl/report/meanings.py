@@ -12,7 +12,7 @@ MEANINGS = {
         "mean entropy of the policy's next-token distribution, at the sampling temperature, over the trained tokens"
     ),
     "loss": "0 by construction",
-    "learning_rate": "of the optimizer, at the time of logging",
+    "learning_rate": "learning rate of the optimizer, at the time of logging",
     "num_tokens": "prompt and completion tokens since the start, every completion counted with its prompt",
     "step_time": "generation, scoring, forwards and backwards of one optimizer step; the optimizer itself is not in it",
     "time/generate": "tokenising prompts, sampling completions, calling tools; all rounds of a refilled step",
@@ -36,16 +36,29 @@ MEANINGS = {
         "share of padding among the tokens of all forward passes of the step, over all ranks; training only"
     ),
     "rewards/NAME/mean": "mean of one reward function, before its weight",
-    "rewards/NAME/std": "its standard deviation over the rollout batch",
+    "rewards/NAME/std": "standard deviation of one reward function over the rollout batch",
     "reward_std": "standard deviation of the total reward over the rollout batch",
     "frac_reward_zero_std": "share of completions in groups whose rewards are all equal",
-    "completions/mean_length": "mean length, with the end token, without tool output",
-    "completions/min_length": "shortest",
-    "completions/max_length": "longest",
-    "completions/clipped_ratio": "share truncated by max_completion_length",
-    "completions/mean_terminated_length": "mean length of those that ended with an end token; 0 if none did",
-    "completions/min_terminated_length": "shortest of them",
-    "completions/max_terminated_length": "longest of them",
+    "completions/mean_length": "mean length of a completion, with the end token, without tool output",
+    "completions/min_length": "length of the shortest completion",
+    "completions/max_length": "length of the longest completion",
+    "completions/clipped_ratio": (
+        "share of completions that end without an end token, as those do that reach max_completion_length"
+    ),
+    "completions/mean_terminated_length": "mean length of the completions that ended with an end token; 0 if none did",
+    "completions/min_terminated_length": "length of the shortest completion that ended with an end token",
+    "completions/max_terminated_length": "length of the longest completion that ended with an end token",
+    "math_verify_reward/fast_path_share": "share of verdicts without a worker process",
+    "math_verify_reward/restated": "number of completions that repeat a formula of the problem",
+    "math_verify_reward/timeouts": "number of comparisons that reached the time limit",
+    "math_verify_reward/crashes": "number of completions that killed their worker or ran out of memory",
+    "math_verify_reward/no_answer": "number of completions without a closed, non-empty box",
+    "math_verify_reward/unusable_solutions": (
+        "number of completions whose solution is empty, prose, or too slow to compare"
+    ),
+    "math_verify_reward/not_graded": (
+        "number of completions that were not graded because a batch took too long or no worker could start"
+    ),
 }
 
 

@@ -81,7 +81,7 @@ def describe(run: RunFiles, max_completions: int = MAX_COMPLETIONS, steps: Itera
     """Everything that the report of a run shows, as values that JSON can express."""
     groups, facts, notes = _read_groups(run, max_completions, steps)
     metrics = metric_series(run.log)
-    evidence = Evidence(metrics, groups)
+    evidence = Evidence(metrics, groups, run.settings.get("args", {}).get("max_completion_length"))
     if not metrics:
         notes.append(
             "This run has no log. Call `trainer.save_state()` at the end of training, or save a checkpoint, for curves."
@@ -156,7 +156,7 @@ def _read_groups(
     of_all = "" if shown == total else f" (of {total} at {len(sizes)} steps)"
     facts = [("completions", f"{shown} at {len(chosen)} step{'s' * (len(chosen) != 1)}{of_all}")]
     texts = {str(completion.messages) for group in groups for completion in group.completions}
-    return groups, [*facts, ("different completions", str(len(texts)))], []
+    return groups, [*facts, ("different completions", f"{len(texts)} of {shown}")], []
 
 
 def _run_facts(run: RunFiles) -> list[tuple[str, str]]:
@@ -166,7 +166,7 @@ def _run_facts(run: RunFiles) -> list[tuple[str, str]]:
         facts.append(("reward functions", ", ".join(run.reward_names)))
     seconds = next((entry["train_runtime"] for entry in reversed(run.log) if "train_runtime" in entry), None)
     if seconds is not None:
-        facts.append(("training time", f"{seconds:.0f} s"))
+        facts.append(("training time", f"{seconds:.{0 if seconds >= 10 else 1}f} s"))
     if run.log_file is not None:
         facts.append(("log", str(run.log_file.relative_to(run.directory))))
         written = datetime.fromtimestamp(run.log_file.stat().st_mtime).astimezone()

@@ -149,7 +149,7 @@
     const parts = [element("div", "grid", ...boxes)];
     if (section.constant.length) parts.unshift(constantOf(section));
     if (first && data.absent.length) parts.unshift(element("p", "note", `No value in the log: ${data.absent.join(", ")}`));
-    if (first && data.groups.length)
+    if (first && data.groups.length && section.charts.length)
       parts.unshift(element("p", "note", "Click a point of a curve to see the completions of that step."));
     const drawAll = () => section.charts.forEach((chart, i) => draw(boxes[i], chart));
     if (!collapsed) {
@@ -206,7 +206,7 @@
     { id: "all_equal", label: "all equal", of: (group) => group.all_equal[state.judge],
       help: "Groups in which all completions have the same reward" },
     { id: "truncated", label: "truncated", of: (group, row) => row.truncated === true, shown: data.has.truncated,
-      help: "Completions that reach max_completion_length without an end-of-sequence token" },
+      help: "Completions that stop without an end-of-sequence token" },
     { id: "no_answer", label: "no answer", of: (group, row) => row.no_answer, shown: data.has.verdict,
       help: "Completions in which math_verify_reward finds no answer" },
     { id: "unscorable", label: "unscorable", of: (group, row) => row.unscorable,
@@ -264,6 +264,7 @@
       button.title = filter.help;
       button.dataset.filter = filter.id;
       button.setAttribute("aria-pressed", state.filters.has(filter.id));
+      button.disabled = !hits && !state.filters.has(filter.id);
       button.addEventListener("click", () => {
         if (!state.filters.delete(filter.id)) state.filters.add(filter.id);
         state.page = 0;
