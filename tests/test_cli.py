@@ -220,9 +220,10 @@ def test_a_training_without_a_model_or_problems_is_not_launched(monkeypatch, cap
     assert cli.main(["train", "--model_name_or_path=m", "--max_steps", "1"]) == 1
     assert "error: --dataset_name must name the problems" in capsys.readouterr().err
     assert launched == []
-    for complete in ([], ["--num_processes", "1"], ["--config", "run.yaml"], ["--model_name=m", "--dataset-name", "d"]):
+    named = ["--model_name=m", "--dataset-name", "d"]
+    for complete in ([], ["--num_processes", "1"], ["--config", "run.yaml"], named, ["--max_steps", "2"]):
         assert cli.main(["train", *complete]) == 0
-    assert len(launched) == 4
+    assert len(launched) == 5
 
 
 @pytest.mark.slow

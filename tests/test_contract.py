@@ -30,7 +30,7 @@ from trl.trainer import utils as trl_utils
 
 import opo_trl
 from opo_trl import OPOTrainer
-from opo_trl.config import _CONTRACT
+from opo_trl.config import CONTRACT
 from opo_trl.rewards import boxed_format_reward
 from opo_trl.runs.model_card import NO_BASE_MODEL, NO_REPOSITORY, VERSIONS
 from opo_trl.runs.renamed_names import _METHODS
@@ -328,7 +328,7 @@ HARMLESS = {
 def test_every_field_of_the_installed_grpo_config_is_judged():
     """A release that adds a field fails here, by name, before the field can make OPO something else unseen."""
     fields = set(GRPOConfig.__dataclass_fields__) - set(TrainingArguments.__dataclass_fields__)
-    judged = {rule.field for rule in _CONTRACT}
+    judged = {rule.field for rule in CONTRACT}
     assert judged <= set(GRPOConfig.__dataclass_fields__)
     assert fields - judged - JUDGED_APART - HARMLESS == set()
     assert not judged & (JUDGED_APART | HARMLESS)

@@ -272,6 +272,27 @@ def test_an_empty_dataset_is_refused(tmp_path):
         load_math_dataset(write(tmp_path / "empty.jsonl", []))
 
 
+def test_a_file_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path):
+    with pytest.raises(ValueError, match=r"A local dataset must exist, got 'eigne\.jsonl'"):
+        load_math_dataset("eigne.jsonl")
+
+
+@pytest.mark.parametrize("answer", [["95"], {"value": 95}])
+def test_an_answer_of_several_values_is_refused_where_one_is_needed(tmp_path, answer):
+    """As text, `['95']` would make every completion wrong."""
+    path = write(tmp_path / "rows.jsonl", [{"problem": "p", "answer": answer}])
+    with pytest.raises(ValueError, match=r"An answer must be a string or a number, .* has .*95.* for 'p'"):
+        load_math_dataset(path)
+    assert load_math_dataset(path, require_solution=False)["solution"] == [None]
+
+
+def test_a_row_without_a_problem_is_dropped_and_counted(tmp_path, caplog):
+    path = write(tmp_path / "rows.jsonl", [{"problem": text, "answer": "1"} for text in ("p", None, " ")])
+    assert len(load_math_dataset(path)) == 1
+    assert "Dropped 2 of 3 rows" in caplog.text
+    assert "2 without a problem" in caplog.text
+
+
 def test_an_unknown_file_format_is_refused(tmp_path):
     (tmp_path / "problems.txt").write_text("2+2")
     with pytest.raises(ValueError, match=r"must be one of .*problems\.txt"):

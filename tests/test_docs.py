@@ -25,7 +25,7 @@ from trl.extras.profiling import ProfilingContext
 
 from code_blocks import read_blocks, run_python
 from opo_trl import OPOConfig, data
-from opo_trl.config import _CONTRACT
+from opo_trl.config import CONTRACT
 from opo_trl.rewards import math_verify_reward
 from opo_trl.scripts import cli, evaluate_math, report_run, train_math
 from pages import PAGES, ROOT, anchors, links, page, tables, the_table
@@ -237,7 +237,7 @@ def test_every_field_that_changes_or_is_refused_is_in_the_table():
     defaults = [{field.name: field.default for field in dataclasses.fields(of)} for of in (GRPOConfig, OPOConfig)]
     expected = {
         rule.field: [repr(values[rule.field]) for values in defaults] + [", ".join(f"`{v!r}`" for v in rule.allowed)]
-        for rule in _CONTRACT
+        for rule in CONTRACT
     }
     rows = {row[0].strip("`"): row[1:] for row in the_table(page("from_grpo"), "field")}
     assert {field: [row[0].strip("`"), row[1].strip("`"), row[2]] for field, row in rows.items()} == expected

@@ -42,6 +42,13 @@ def test_an_interrupt_inside_of_a_reward_is_passed_on(tmp_path, interrupt):
         scripted_trainer(tmp_path, reward_funcs=reward).train()
 
 
+def test_functions_of_the_same_name_are_warned_about(tmp_path, caplog):
+    scripted_trainer(tmp_path, reward_funcs=[scripted_reward, lambda completions, **kwargs: [0.0] * len(completions)])
+    assert "different names" not in caplog.text
+    scripted_trainer(tmp_path, reward_funcs=[scripted_reward, scripted_reward])
+    assert "should have different names, got 'scripted_reward' more than once" in caplog.text
+
+
 def test_values_that_are_no_rewards_are_named(tmp_path):
     trainer = scripted_trainer(tmp_path, reward_funcs=lambda completions, **kwargs: completions)
     with pytest.raises(RewardError, match="must return one number or None for each of the 8 completions, got 'a'"):

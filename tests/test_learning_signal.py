@@ -54,7 +54,7 @@ def warnings_of(caplog, fractions, end=False, main_process=True):
 def test_it_warns_once_after_consecutive_periods(caplog):
     messages = warnings_of(caplog, [0.5, *[0.0] * (PATIENCE + 3), 0.5, *[0.0] * PATIENCE], end=True)
     assert len(messages) == 1
-    assert messages[0].startswith(f"No completion of the last {PATIENCE} logging periods has a non-zero advantage")
+    assert messages[0].startswith(f"No completion of the last {PATIENCE} logged entries has a non-zero advantage")
 
 
 def test_a_period_with_an_informative_completion_starts_the_count_anew(caplog):

@@ -31,6 +31,15 @@ def test_a_plain_run_resumes_bitwise_in_any_epoch(tmp_path, undisturbed, step):
     assert ends_alike(trainer, undisturbed)
 
 
+def test_a_finished_run_that_is_resumed_trains_nothing(tmp_path, undisturbed, capsys):
+    """Its last step is in the middle of an epoch, where transformers would take another one."""
+    trainer = plain_trainer(tmp_path, lr_scheduler_type="constant")
+    trainer.train(resume_from_checkpoint=str(undisturbed[0] / f"checkpoint-{STEPS}"))
+    assert ends_alike(trainer, undisturbed)
+    assert f"is of step {STEPS} of {STEPS}" in capsys.readouterr().out
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
 def test_a_plain_run_survives_sigterm_in_the_middle_of_a_step(tmp_path, undisturbed):
     asked = plain_trainer(tmp_path, save_strategy="no", callbacks=[AskedInTheMiddle(step=5)])
     with pytest.raises(SystemExit) as ended:

@@ -64,6 +64,8 @@ def test_rounding_leaves_no_advantage_where_all_rewards_are_equal():
     [
         (lambda r, w: r.mean(dim=1), r"one of the shapes \(2, 1\), \(2, 3\).*got \(2,\)"),
         (lambda r, w: r.unsqueeze(2), r"got \(2, 3, 1\)"),
+        (lambda r, w: 0.5, r"a tensor of one of the shapes .*got <class 'float'>"),
+        (lambda r, w: r.median(dim=1, keepdim=True), r"return_types.median.*take `\.values`"),
         (lambda r, w: r.sum(dim=1, keepdim=True) / 0.0, "must be finite, got 2 of 2 numbers that are not"),
     ],
 )

@@ -229,6 +229,43 @@ def test_the_quickstart_is_what_runs_without_arguments(monkeypatch, tmp_path):
     assert summary["steps"] == 3
 
 
+def test_other_arguments_change_the_quickstart():
+    script_args, training_args, model_args, notes = train_math.parse(["--max_steps", "7", "--output_dir", "elsewhere"])
+    assert (script_args.dataset_name, model_args.model_name_or_path) == ("arithmetic", "tiny_policy")
+    assert (training_args.max_steps, training_args.num_generations) == (7, 8)
+    assert notes[0].startswith("No model and no dataset are named: this is the quickstart")
+    assert not any("quickstart" in note for note in train_math.parse([])[3])
+
+
+def test_every_off_policy_setting_is_named_at_once():
+    with pytest.raises(ValueError, match=r"`num_iterations` must be 1, got 2.*`beta` must be 0.0, got 0.04"):
+        train_math.parse(["--num_iterations", "2", "--beta", "0.04"])
+
+
+def test_held_out_problems_that_nothing_measures_are_refused(gsm8k, chat_model_dir):
+    named = ["--model_name_or_path", str(chat_model_dir), "--dataset_name", str(gsm8k), "--num_eval_problems", "4"]
+    with pytest.raises(ValueError, match="--num_eval_problems 4 needs --eval_strategy steps or --report"):
+        train_math.parse(named)
+    for measured in (["--report"], ["--eval_strategy", "steps", "--eval_steps", "1"]):
+        train_math.parse([*named, *measured])
+
+
+def test_ctrl_c_ends_a_run_with_one_sentence(tmp_path, capsys):
+    def interrupted(resume_from_checkpoint):
+        raise KeyboardInterrupt
+
+    trainer = SimpleNamespace(
+        train=interrupted,
+        args=SimpleNamespace(output_dir=str(tmp_path)),
+        state=SimpleNamespace(global_step=4),
+        accelerator=SimpleNamespace(print=print),
+    )
+    with pytest.raises(SystemExit) as ended:
+        train_math.train(trainer, None)
+    assert ended.value.code == 130
+    assert "Interrupted in step 5: there is no checkpoint." in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -19,6 +19,11 @@ class _Rule(NamedTuple):
     allowed: tuple[Any, ...]
     reason: str
 
+    @property
+    def choices(self) -> str:
+        """The allowed values, in words."""
+        return " or ".join(repr(choice) for choice in self.allowed)
+
 
 _ONE_STEP = "takes exactly one optimizer step on each rollout batch"
 _NO_RATIO = "trains on fresh samples only, so the importance ratio is 1 and there is nothing to clip or mask"
@@ -28,7 +33,7 @@ _NO_CAST = "keeps the weights that it trains, which an evaluation outside of tra
 _OWN_SAMPLER = "samples from exactly the distribution that it trains"
 
 # Everything in GRPOConfig that can contradict the algorithm, with the values that do not.
-_CONTRACT = (
+CONTRACT = (
     _Rule("num_iterations", (1,), _ONE_STEP),
     _Rule("beta", (0.0,), _NO_KL),
     _Rule("sync_ref_model", (False,), _NO_KL),
@@ -253,14 +258,17 @@ class OPOConfig(GRPOConfig):
         Raises:
             ValueError: With the field, the offending value and how to fix it.
         """
-        for rule in _CONTRACT:
-            value = getattr(self, rule.field)
-            if value not in rule.allowed:
-                allowed = " or ".join(repr(choice) for choice in rule.allowed)
-                raise ValueError(
-                    f"OPO {rule.reason}: `{rule.field}` must be {allowed}, got {value!r}. Leave `{rule.field}` out, or "
-                    f"use TRL's GRPOTrainer if you need it."
-                )
+        broken = [rule for rule in CONTRACT if getattr(self, rule.field) not in rule.allowed]
+        if broken:
+            reasons = [
+                f"OPO {rule.reason}: `{rule.field}` must be {rule.choices}, got {getattr(self, rule.field)!r}."
+                for rule in broken
+            ]
+            fields = " and ".join(f"`{rule.field}`" for rule in broken)
+            raise ValueError(
+                f"{' '.join(reasons)} Leave {fields} out, or use TRL's GRPOTrainer if you need "
+                f"{'it' if len(broken) == 1 else 'them'}."
+            )
         self._check_one_step_per_rollout_batch()
         self._check_optimizer()
         self._check_metric_for_best_model()
@@ -312,7 +320,7 @@ class OPOConfig(GRPOConfig):
             "baseline": "sum(w ** length_exponent * r) / sum(w ** length_exponent)",
             "baseline_weight": self.baseline_weight,
             "length_exponent": self.length_exponent,
-            "contract": {name: getattr(self, name) for name in (*(rule.field for rule in _CONTRACT), *judged_apart)},
+            "contract": {name: getattr(self, name) for name in (*(rule.field for rule in CONTRACT), *judged_apart)},
         }
 
     def _check_prompt_sampling(self) -> None:

@@ -131,7 +131,7 @@ def estimate_advantages(
         that it costs no forward and backward pass.
 
     Raises:
-        ValueError: If the baseline has another shape, or is not finite.
+        ValueError: If the baseline is no tensor of such a shape, or is not finite.
     """
     scored = takes_part(rewards, sum_over_tokens(weights))  # (P, K)
     lowest, highest = reward_range(rewards, scored)  # (P, 1)
@@ -151,11 +151,13 @@ def estimate_advantages(
 def _check_baseline(baseline: torch.Tensor, weights: torch.Tensor) -> None:
     prompts, group_size, *tokens = weights.shape
     allowed = [(prompts, 1), (prompts, group_size)] + [(prompts, size, *tokens) for size in (1, group_size) if tokens]
-    if tuple(baseline.shape) not in allowed:
+    is_tensor = isinstance(baseline, torch.Tensor)
+    if not is_tensor or tuple(baseline.shape) not in allowed:
         raise ValueError(
-            f"A baseline must have one of the shapes {', '.join(map(str, allowed))}: one number for each prompt or "
-            f"completion{', or each of its tokens' if tokens else ''}; got {tuple(baseline.shape)}. Keep the "
-            "dimensions in sums and means (`keepdim=True`)."
+            f"A baseline must be a tensor of one of the shapes {', '.join(map(str, allowed))}: one number for each "
+            f"prompt or completion{', or each of its tokens' if tokens else ''}; got "
+            f"{tuple(baseline.shape) if is_tensor else type(baseline)}. Keep the dimensions in sums and means "
+            "(`keepdim=True`), and take `.values` of a median."
         )
     if not baseline.isfinite().all():
         raise ValueError(

@@ -46,8 +46,8 @@ def load_math_dataset(
     Load math problems as message prompts with their final answers.
 
     Knows the columns of GSM8K, MATH and MATH-500, AIME, AMC, SVAMP, DeepScaleR, Skywork-OR1-RL-Data, DAPO-Math-17k,
-    OpenR1-Math, NuminaMath and Big-Math. Problems without an answer and all but the first of equal problems are
-    dropped, their numbers logged.
+    OpenR1-Math, NuminaMath and Big-Math. Rows without a problem or an answer and all but the first of equal problems
+    are dropped, their numbers logged.
 
     Args:
         name_or_path (`str`):
@@ -81,9 +81,9 @@ def load_math_dataset(
         unique, else the row's number), and no other column than those of `keep_columns`.
 
     Raises:
-        ValueError: If a column is missing (with the columns found), a saved dataset does not have the split, no problem
-            with an answer is left, the file is of another format, or `keep_columns` names a column that is written
-            here.
+        ValueError: If a column is missing (with the columns found), an answer is a list or a dictionary, a saved
+            dataset does not have the split, no problem with an answer is left, the file does not exist or is of another
+            format, or `keep_columns` names a column that is written here.
     """
     if written := {"prompt", "solution", "id"}.intersection(keep_columns):
         raise ValueError(
@@ -107,8 +107,17 @@ def load_math_dataset(
     seen: set[str] = set()
     dropped = Counter[str]()
     for row_id, row in zip(ids, dataset, strict=True):
-        problem, solution = problem_of(row), final_answer(answer_of(row))
-        text = " ".join(str(problem).split())
+        problem, answer = problem_of(row), answer_of(row)
+        if isinstance(answer, list | dict) and (require_solution or solution_column is not None):
+            raise ValueError(
+                f"An answer must be a string or a number, {name_or_path!r} has {answer!r} for {problem!r}. Write the "
+                "answer itself into a column, and pass it as `solution_column`."
+            )
+        solution = "" if isinstance(answer, list | dict) else final_answer(answer)
+        text = " ".join(str(problem or "").split())
+        if not text:
+            dropped["without a problem"] += 1
+            continue
         if require_solution and not solution:
             dropped["without an answer"] += 1
             continue
@@ -183,6 +192,10 @@ def _load(name_or_path: str, split: str, config: str | None) -> Dataset:
         if path.suffix not in _FILE_FORMATS:
             raise ValueError(f"A local dataset must be one of {sorted(_FILE_FORMATS)}, got {name_or_path!r}.")
         return load_dataset(_FILE_FORMATS[path.suffix], data_files=str(path), split=split)
+    if path.suffix in _FILE_FORMATS:
+        raise ValueError(
+            f"A local dataset must exist, got {name_or_path!r}. Correct the path; this directory is {Path.cwd()}."
+        )
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
         saved = load_from_disk(name_or_path)
         if not isinstance(saved, DatasetDict):

@@ -81,9 +81,10 @@ def solution_text(solution: Any) -> str:
     """
     Return the bare LaTeX of a gold answer: without GSM8K's `####`, an outer box, or dollar signs around it.
 
-    A number is written out in full, an integral float as the integer it is; `None` and NaN are empty.
+    A number is written out in full, an integral float as the integer it is; `None` and NaN are empty, and so is what
+    holds several values, such as a list.
     """
-    if solution is None:
+    if solution is None or isinstance(solution, list | tuple | set | dict):
         return ""
     try:
         text = str(solution)

@@ -57,9 +57,10 @@ class NoSignalWarning(TrainerCallback):
         self.warned = True
         if state.is_world_process_zero:
             logger.warning(
-                "No completion of the last %d logging periods has a non-zero advantage, so the weights do not change. "
-                "Likeliest cause: %s",
+                "No completion of the last %d logged %s has a non-zero advantage, so there is no gradient. Likeliest "
+                "cause: %s",
                 self._periods,
+                "entries" if self._periods > 1 else "entry",
                 likeliest_cause(self._last_period, args),
             )
 

@@ -30,6 +30,7 @@ from .model_card import complete_model_card, is_hub_name
 from .preemption import EXIT_CODE, Preemption
 from .ranks import any_rank
 from .renamed_names import ignore_warnings_of_trls_calls
+from .reward_values import warn_of_equal_names
 from .same_rollouts import keep_rollout_batches, resumable_checkpoint
 from .saving import CheckpointNotSaved, agree_on_saved, check_saving, not_saved, on_main_process, overridden
 from .streamed_position import streamed_position
@@ -114,6 +115,7 @@ class ReliableRuns(GRPOTrainer):
             self._wandb = ResumedWandb(self._describe)
             self.remove_callback(theirs[0])
             self.add_callback(self._wandb)
+        warn_of_equal_names(self.reward_func_names)
         self._guard, self._empty = FunctionGuard(), EmptyCompletions(self._tokenizer.pad_token_id)
         self.reward_funcs = [
             self._guard.reward(function, name)
@@ -171,7 +173,8 @@ class ReliableRuns(GRPOTrainer):
             resume = (
                 "`save_only_model=True` saved the weights alone, from which a run cannot be resumed."
                 if self.args.save_only_model
-                else "Resume with resume_from_checkpoint='auto'."
+                else "Resume with `trainer.train(resume_from_checkpoint='auto')`, or on the command line with "
+                "--resume_from_checkpoint auto."
             )
             self.accelerator.print(f"Stopped by SIGTERM: step {self.state.global_step} is saved. {resume}")
             raise SystemExit(EXIT_CODE)
@@ -205,6 +208,11 @@ class ReliableRuns(GRPOTrainer):
         position = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial
         )
+        # transformers 5.23 checks `max_steps` after a step, and so trains one more step each time that a finished run
+        # is resumed in the middle of an epoch. No issue is known; delete this when it checks before.
+        if checkpoint is not None and (step := self.state.global_step) >= max_steps:
+            self.accelerator.print(f"The run is finished: {checkpoint} is of step {step} of {max_steps}.")
+            return num_train_epochs, 0
         if checkpoint is None or self.args.ignore_data_skip or not isinstance(self.train_dataset, IterableDataset):
             return position
         passes, steps = streamed_position(TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME))))

@@ -1,12 +1,16 @@
 """What a reward function may return."""
 
-from collections.abc import Iterable, Mapping, Set
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence, Set
 from decimal import Decimal
 from numbers import Real
 from typing import Any
 
 import numpy as np
 import torch
+
+logger = logging.getLogger(__name__)
 
 
 def check_reward_values(name: str, values: Any, num_completions: int) -> list[Any]:
@@ -45,6 +49,17 @@ def check_reward_values(name: str, values: Any, num_completions: int) -> list[An
                 "a completion that cannot be scored."
             )
     return rewards
+
+
+def warn_of_equal_names(names: Sequence[str]) -> None:
+    """Warn of reward functions with the same name, whose metrics and columns TRL puts into one."""
+    equal = sorted(name for name, count in Counter(names).items() if count > 1)
+    if equal:
+        logger.warning(
+            "Reward functions should have different names, got %s more than once: their metrics and their columns in "
+            "the completions table are mixed. Give each function a `__name__` of its own.",
+            " and ".join(map(repr, equal)),
+        )
 
 
 def _is_number(value: Any) -> bool:

@@ -120,7 +120,7 @@ def launch(command: str, arguments: list[str]) -> int:
         parsed = parse_launch(command, arguments)
         if command == "train":
             _check_names(parsed.training_script_args)
-        with _pass_sigterm_on():
+        with _pass_sigterm_on(), _left_to_the_script(signal.SIGINT):
             launch_command(with_defaults(parsed))
     except CalledProcessError as error:  # one process, started by accelerate itself
         return _exit_status(error.returncode)
@@ -214,15 +214,13 @@ def _split(arguments: list[str], launcher: argparse.ArgumentParser) -> tuple[lis
 
 def _check_names(arguments: list[str]) -> None:
     """Refuse a script's arguments without problems or a model: the script would after importing the trainer."""
-    from .train_arguments import check_names
+    from .quickstart import names_any
+    from .train_arguments import WORKS_ON, check_names
 
-    words = {word.partition("=")[0].replace("-", "_") for word in arguments if word.startswith("--")}
-
-    def given(option: str) -> str | None:  # argparse accepts the beginning of an option, too
-        return option if any(f"__{option}".startswith(word) for word in words) else None
-
-    if arguments and not given("config"):
-        check_names(given("dataset_name"), given("model_name_or_path"))
+    if names_any(arguments, ("config",)) or not names_any(arguments, WORKS_ON):
+        return  # the config file names them, or the quickstart's does
+    dataset, model = (name if names_any(arguments, (name,)) else None for name in WORKS_ON)
+    check_names(dataset, model)
 
 
 def _find_config(name: str) -> str:
@@ -261,6 +259,16 @@ def _pass_sigterm_on() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _left_to_the_script(number: int) -> Iterator[None]:
+    """Wait for the script, which a terminal sends Ctrl-C as well, instead of ending before it."""
+    before = signal.signal(number, lambda *_: None)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
 
 
 def _exit_status(code: int) -> int:

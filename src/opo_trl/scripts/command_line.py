@@ -4,6 +4,7 @@ import difflib
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Set
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -64,6 +65,8 @@ class ScriptParser(TrlParser):
             words += word.split("=", 1) if word.startswith("--config=") else [word]
         if words[-1:] == ["--config"]:
             raise ValueError("--config must be followed by the path of a YAML file.")
+        if "--config" in words and not Path(file := words[words.index("--config") + 1]).is_file():
+            raise ValueError(f"--config must name a YAML file, there is no {file!r}.")
         try:
             return super().parse_args_and_config(words, **options)
         except yaml.YAMLError as error:

@@ -55,6 +55,7 @@ from .evaluation_tables import examples_without_answer, truncation_warning
 from .judging import judge, shift
 from .policies import Checkpoint, find_checkpoints, short_name
 from .problems import fit_to_tokenizer, load_problems, parse_dataset
+from .quickstart import or_quickstart
 from .setup_phase import SetupPhase, on_all_ranks
 
 QUICKSTART = Path(__file__).with_name("evaluate_quickstart.yaml")
@@ -415,7 +416,7 @@ def main(arguments: list[str] | None = None, setup: SetupPhase | None = None) ->
     setup = setup or SetupPhase()
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = make_parser()
-    (args,) = parser.parse_args_and_config(arguments or ["--config", str(QUICKSTART)])
+    (args,) = parser.parse_args_and_config(or_quickstart(arguments, ("models", "datasets"), QUICKSTART))
     disable_progress_bars()
     transformers_logging.disable_progress_bar()
     on_cpu = why_on_cpu() is not None or not torch.cuda.is_available()

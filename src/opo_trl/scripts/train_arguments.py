@@ -1,6 +1,8 @@
 """The arguments of `train_math.py`, apart from the script: `opo-trl train --help` loads no trainer."""
 
 import ast
+import inspect
+from collections.abc import Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,8 @@ from trl import ModelConfig, ScriptArguments
 from ..data.layouts import INSTRUCTION
 from .command_line import ScriptParser
 from .devices import training_defaults
+
+WORKS_ON = ("dataset_name", "model_name_or_path")  # arguments without which the quickstart runs
 
 
 @dataclass
@@ -106,21 +110,56 @@ def check_names(dataset: str | None, model: str | None) -> None:
     """
     if dataset is None:
         raise ValueError(
-            "--dataset_name must name the problems to train on, got nothing. Pass a Hub name or a local file, or run "
-            "without any argument for the quickstart."
+            "--dataset_name must name the problems to train on, got nothing. Pass a Hub name or a local file, or leave "
+            "--model_name_or_path out as well for the quickstart."
         )
     if model is None:
         raise ValueError(
             "--model_name_or_path must name a causal language model, got nothing. Pass a Hub name, a directory, or "
-            "tiny_policy, which is part of this package, or run without any argument for the quickstart."
+            "tiny_policy, which is part of this package, or leave --dataset_name out as well for the quickstart."
+        )
+
+
+def check_held_out(script_args: MathScriptArguments, args: Any, on_command_line: Set[str]) -> None:
+    """
+    Refuse a number of held-out problems for a run that measures none.
+
+    Args:
+        script_args ([`MathScriptArguments`]):
+            Arguments of the script.
+        args ([`OPOConfig`]):
+            Arguments of the trainer.
+        on_command_line (`Set[str]`):
+            Names of the arguments on the command line; a config file may have more than a run needs.
+
+    Raises:
+        ValueError: If `num_eval_problems` is on the command line, and there is neither an evaluation nor a report.
+    """
+    measured = args.eval_strategy != "no" or script_args.report
+    if script_args.num_eval_problems and not measured and "num_eval_problems" in on_command_line:
+        raise ValueError(
+            f"--num_eval_problems {script_args.num_eval_problems} needs --eval_strategy steps or --report, without "
+            "which no problem is held out. Add one of them, or leave --num_eval_problems out."
         )
 
 
 def make_parser(**options: str) -> ScriptParser:
     """Make the parser of the script's command line; the options are those of `argparse.ArgumentParser`."""
     from .. import OPOConfig  # TRL's configuration, which it extends, takes seconds to import
+    from ..config import CONTRACT
 
-    return ScriptParser((MathScriptArguments, OPOConfig, ModelConfig), training_defaults, **options)
+    parser = ScriptParser((MathScriptArguments, OPOConfig, ModelConfig), training_defaults, **options)
+    own = inspect.get_annotations(OPOConfig)  # their help says it
+    choices = {rule.field: rule.choices for rule in CONTRACT if rule.field not in own}
+    for action in parser._actions:
+        if action.dest == "resume_from_checkpoint":
+            action.help = (
+                "Checkpoint to resume from: a directory; 'true' for the latest complete one in --output_dir; 'auto' "
+                "for that one, or a start from scratch if there is none."
+            )
+        elif action.dest in choices:
+            action.help = f"{action.help} OPO accepts only {choices[action.dest]}."
+    return parser
 
 
 def make_quick_parser(**options: Any) -> ScriptParser:
