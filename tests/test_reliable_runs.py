@@ -1,5 +1,6 @@
 """A plain GRPOTrainer with `ReliableRuns` resumes, survives and raises. It pushes: test_hub.py."""
 
+import pandas
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -38,6 +39,16 @@ def test_a_finished_run_that_is_resumed_trains_nothing(tmp_path, undisturbed, ca
     assert ends_alike(trainer, undisturbed)
     assert f"is of step {STEPS} of {STEPS}" in capsys.readouterr().out
     assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_a_finished_run_that_is_resumed_keeps_its_tables_of_completions(tmp_path):
+    settings = {"num_steps": 2, "log_completions": True, "num_completions_to_print": 1}
+    tables = []
+    for _ in range(2):
+        plain_trainer(tmp_path, **settings).train(resume_from_checkpoint="auto")
+        tables.append([pandas.read_parquet(path) for path in sorted(tmp_path.glob("completions/*.parquet"))])
+    assert [len(table) for table in tables[0]] == [8, 8]
+    assert all(before.equals(after) for before, after in zip(*tables, strict=True))
 
 
 def test_a_plain_run_survives_sigterm_in_the_middle_of_a_step(tmp_path, undisturbed):

@@ -91,6 +91,8 @@ class ReliableRuns(GRPOTrainer):
     reward_funcs: list[Any]
     rollout_func: Any
     environment_factories: dict[str | None, Any] | None
+    log_completions: bool
+    _logs: dict[str, Any]
     _step: int
     _tr_loss: torch.Tensor
 
@@ -217,6 +219,20 @@ class ReliableRuns(GRPOTrainer):
             return position
         passes, steps = streamed_position(TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME))))
         return passes, steps * self.args.gradient_accumulation_steps
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """
+        Log as the parent does, with a table of completions only if some were sampled.
+
+        Where a finished run is resumed, TRL 1.16 would write an empty table over that of the last step. No issue is
+        known; delete this when it does not.
+        """
+        shown = self.log_completions
+        self.log_completions = shown and len(self._logs["prompt"]) > 0
+        try:
+            super().log(logs, *args, **kwargs)
+        finally:
+            self.log_completions = shown
 
     def _end_epoch(self, stops: bool) -> None:
         self._drop_unfinished_step()
