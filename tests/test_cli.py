@@ -3,12 +3,14 @@
 import importlib
 import inspect
 import json
+import os
 import re
 import runpy
 import signal
 import subprocess
 import sys
 import tomllib
+from contextlib import suppress
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from subprocess import CalledProcessError
@@ -220,7 +222,8 @@ def test_a_training_without_a_model_or_problems_is_not_launched(monkeypatch, cap
     assert cli.main(["train", "--model_name_or_path=m", "--max_steps", "1"]) == 1
     assert "error: --dataset_name must name the problems" in capsys.readouterr().err
     assert launched == []
-    named = ["--model_name=m", "--dataset-name", "d"]
+    assert cli.main(["train", "--dataset_config", "main"]) == 1, "of a dataset that is not named"
+    named = ["--model_name_or_path=m", "--dataset-name", "d"]
     for complete in ([], ["--num_processes", "1"], ["--config", "run.yaml"], named, ["--max_steps", "2"]):
         assert cli.main(["train", *complete]) == 0
     assert len(launched) == 5
@@ -257,6 +260,26 @@ def test_sigterm_reaches_the_script_and_its_exit_status_comes_back(tmp_path):
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     assert (checkpoint / "trainer_state.json").is_file()
     assert len(json.loads((tmp_path / "run" / "log.json").read_text())) >= 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("terminal", [True, False])
+def test_ctrl_c_ends_the_run_with_one_sentence(tmp_path, terminal):
+    """A terminal sends it to all processes; `kill -INT` to one."""
+    command = [sys.executable, "-m", "opo_trl.scripts.cli", "train", "--cpu", *TINY, "--max_steps", "100000",
+               "--logging_steps", "1", "--save_steps", "100000", "--output_dir", "run"]  # fmt: skip
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, cwd=tmp_path, start_new_session=True, **pipe) as process:
+        try:
+            assert next((line for line in process.stdout if re.match(r" *3/100000 ", line)), None), "no third step"
+            (os.killpg if terminal else os.kill)(process.pid, signal.SIGINT)
+            rest = process.stdout.read()
+            assert process.wait(timeout=60) == 130
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert re.search(r"^Interrupted in step \d+: there is no checkpoint\.", rest, re.MULTILINE)
+    assert "Traceback" not in rest
 
 
 def test_an_unknown_command_is_refused(capsys):

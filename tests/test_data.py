@@ -253,6 +253,8 @@ def test_saved_datasets(tmp_path):
     rows = Dataset.from_list([{"question": "2+2", "answer": "4"}])
     rows.save_to_disk(tmp_path / "one")
     DatasetDict({"test": rows}).save_to_disk(tmp_path / "several")
+    rows.save_to_disk(tmp_path / "named.json")
+    assert load_math_dataset(str(tmp_path / "named.json"))[0]["solution"] == "4"
     assert load_math_dataset(str(tmp_path / "one"))[0]["solution"] == "4"
     assert load_math_dataset(str(tmp_path / "several"), "test")[0]["solution"] == "4"
     with pytest.raises(ValueError, match=r"must be one that .*several' has, \['test'\], got 'train'"):

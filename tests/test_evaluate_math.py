@@ -258,6 +258,17 @@ def test_a_difficulty_filter_from_an_evaluation(tmp_path, gsm8k, capsys):
     assert f"{trained_on} problems to train on" in capsys.readouterr().out
 
 
+def test_other_arguments_change_the_quickstart(tmp_path, monkeypatch, capsys):
+    loaded = []
+    monkeypatch.setattr(evaluate_math, "load_inputs", lambda args, state: loaded.append(args) or sys.exit(0))
+    with pytest.raises(SystemExit):
+        run("--num_problems", 2, "--output_dir", tmp_path)
+    assert (loaded[0].datasets, loaded[0].num_problems, loaded[0].output_dir) == (["arithmetic"], 2, str(tmp_path))
+    assert "this is the quickstart" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--models"):
+        run("--base_model", "m", "--output_dir", tmp_path)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -81,4 +81,7 @@ def test_a_run_of_truncated_completions_says_so_and_counts_no_filler(tmp_path, c
     )
     trainer.train()
     assert "every completion is truncated at max_completion_length=32" in caplog.text
+    trainer.args.max_completion_length = 64
+    cause = likeliest_cause(trainer.state.log_history[0], trainer.args)
+    assert "at most 32 tokens long, although max_completion_length is 64" in cause
     assert trainer.state.log_history[0]["opo/padding_fraction"] is None, "a filler is no padding"

@@ -408,10 +408,14 @@ def test_what_half_of_the_completions_have_explains_nothing():
 
 
 def test_truncation_at_the_limit_and_before_it_have_different_advice():
-    log = log_of(completions__clipped_ratio=[1.0], completions__max_length=[32.0])
-    texts = [find(Evidence(metric_series(log), [], limit))[0] for limit in (None, 32, 64)]
-    assert ["Raise `max_completion_length`" in finding.advice for finding in texts] == [True, True, False]
-    assert ["32 tokens" in finding.text for finding in texts] == [False, False, True]
+    """By the longest completion of some steps, not of every one; a tool's output counts towards the limit alone."""
+    lengths = {"completions__max_length": [20.0, 20.0, 20.0, 32.0, 20.0, 20.0, 20.0, 32.0]}
+    for limit, tools, early in ((None, {}, False), (32, {}, False), (34, {}, False), (64, {}, True),
+                                (64, {"tools__call_frequency": [1.0] * 8}, False)):  # fmt: skip
+        log = log_of(completions__clipped_ratio=[0.9] * 8, **lengths, **tools)
+        finding = find(Evidence(metric_series(log), [], limit))[0]
+        assert ("Raise `max_completion_length`" in finding.advice) != early, (limit, tools)
+        assert ("the longest have 32 tokens" in finding.text) == early, (limit, tools)
 
 
 def test_each_rule_is_found_or_not_or_could_not_be_evaluated():

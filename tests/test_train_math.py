@@ -234,6 +234,8 @@ def test_other_arguments_change_the_quickstart():
     assert (script_args.dataset_name, model_args.model_name_or_path) == ("arithmetic", "tiny_policy")
     assert (training_args.max_steps, training_args.num_generations) == (7, 8)
     assert notes[0].startswith("No model and no dataset are named: this is the quickstart")
+    with pytest.raises(ValueError, match="--dataset_name must name the problems"):
+        train_math.main(["--dataset_config", "main", "--output_dir", "elsewhere"])
     assert not any("quickstart" in note for note in train_math.parse([])[3])
 
 

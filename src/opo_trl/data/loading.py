@@ -192,7 +192,7 @@ def _load(name_or_path: str, split: str, config: str | None) -> Dataset:
         if path.suffix not in _FILE_FORMATS:
             raise ValueError(f"A local dataset must be one of {sorted(_FILE_FORMATS)}, got {name_or_path!r}.")
         return load_dataset(_FILE_FORMATS[path.suffix], data_files=str(path), split=split)
-    if path.suffix in _FILE_FORMATS:
+    if path.suffix in _FILE_FORMATS and not path.exists():
         raise ValueError(
             f"A local dataset must exist, got {name_or_path!r}. Correct the path; this directory is {Path.cwd()}."
         )

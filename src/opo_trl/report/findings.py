@@ -8,10 +8,13 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from .groups import NO_ANSWER, Completion, Group, Messages
-from .metrics import Series, first_quarter, last_quarter
+from .metrics import Series, first_quarter, last_part, last_quarter
 
 # From this share on, a finding explains what can follow from it.
 EXPLAINS = 0.9
+# Completions end before `max_completion_length` if the longest have at most this share of it. A logged maximum is a
+# mean over steps, a little below the limit where not every step reaches it.
+BELOW_LIMIT = 0.9
 # What a rule needs, other than a metric.
 VERDICTS = "verdicts of math_verify_reward in its completions"
 REWARDS = "rewards in its completions"
@@ -126,6 +129,16 @@ class Evidence:
         """Mean over the last quarter of the logged steps; None for a metric that the run does not have."""
         return last_quarter(self.metrics[name].values) if name in self.metrics else None
 
+    def longest(self) -> float | None:
+        """
+        Length of the longest completion in the last quarter of the logged steps.
+
+        None for a run without that metric, or with tools: their output counts towards the limit and not in the metric.
+        """
+        if "completions/max_length" not in self.metrics or "tools/call_frequency" in self.metrics:
+            return None
+        return max(last_part(self.metrics["completions/max_length"].values))
+
     def change(self, name: str) -> tuple[float, float] | None:
         """Means over the first and the last quarter of the logged steps, of a metric with `SERIES` values or more."""
         values = self.metrics[name].values if name in self.metrics else []
@@ -172,12 +185,12 @@ def _truncated(evidence: Evidence) -> Finding | None:
     share = evidence.recent("completions/clipped_ratio")
     if share is None or share < 0.5:
         return None
-    longest = evidence.recent("completions/max_length")
+    longest = evidence.longest()
     text = (
         f"In the last quarter of the logged steps {_percent(share)} of the completions stop without an end-of-sequence "
         "token, so most never state an answer."
     )
-    if longest is None or evidence.limit is None or longest >= evidence.limit:
+    if longest is None or evidence.limit is None or longest > BELOW_LIMIT * evidence.limit:
         advice = (
             "Raise `max_completion_length`, or check that the model's end-of-sequence token is the one that the "
             "tokenizer names."
@@ -386,7 +399,7 @@ RULES: Sequence[Rule] = (
         ("completions/clipped_ratio",),
     ),
     Rule(
-        "math_verify_reward finds no answer in half of the training completions in this report or more",
+        "math_verify_reward finds no boxed answer in half of the training completions in this report or more",
         _no_answer,
         (VERDICTS,),
         (_truncated,),

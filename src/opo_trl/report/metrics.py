@@ -49,5 +49,10 @@ def first_quarter(values: list[float]) -> float:
 
 def last_quarter(values: list[float]) -> float:
     """Mean of the last quarter of some values, at least one."""
-    part = values[-max(1, len(values) // 4) :]
+    part = last_part(values)
     return sum(part) / len(part)
+
+
+def last_part(values: list[float]) -> list[float]:
+    """The last quarter of some values, at least one."""
+    return values[-max(1, len(values) // 4) :]

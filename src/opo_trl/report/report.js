@@ -208,7 +208,7 @@
     { id: "truncated", label: "truncated", of: (group, row) => row.truncated === true, shown: data.has.truncated,
       help: "Completions that stop without an end-of-sequence token" },
     { id: "no_answer", label: "no answer", of: (group, row) => row.no_answer, shown: data.has.verdict,
-      help: "Completions in which math_verify_reward finds no answer" },
+      help: "Completions in which math_verify_reward finds no boxed answer" },
     { id: "unscorable", label: "unscorable", of: (group, row) => row.unscorable,
       help: "Completions for which every reward function returned None" },
   ].filter((filter) => filter.shown !== false);

@@ -10,6 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 logger = logging.getLogger(__name__)
 
 PATIENCE = 5  # consecutive logging periods
+BELOW_LIMIT = 0.9  # share of max_completion_length up to which completions end before it, as in the report
 
 
 class NoSignalWarning(TrainerCallback):
@@ -93,6 +94,13 @@ def likeliest_cause(logs: Mapping[str, Any], args: Any) -> str:
             "columns that they need, and that solutions can be parsed."
         )
     if value("completions/clipped_ratio") == 1:
+        longest = value("completions/max_length")
+        if 0 < longest <= BELOW_LIMIT * args.max_completion_length and "tools/call_frequency" not in logs:
+            return (
+                f"every completion stops without an end-of-sequence token, at most {longest:.0f} tokens long, although "
+                f"max_completion_length is {args.max_completion_length}. Look for a generation setting, a stop string, "
+                "or a rollout_func that leaves the end-of-sequence token out."
+            )
         return (
             f"every completion is truncated at max_completion_length={args.max_completion_length}, before its answer. "
             "Raise max_completion_length."

@@ -34,7 +34,7 @@ def keep_weights_unpacked() -> None:
     def choose(layer: Any, remove_weight: bool) -> None:
         if layer.weight.ndim == 2:
             layer.cpu_linear = torch.nn.functional.linear
-        else:  # a convolution, whose kernels need it packed
+        else:  # a convolution, or the weights of several experts, whose kernels need them packed
             pack(layer, remove_weight)
 
     layer_utils.dispatch_cpu_unquantized_gemm = choose

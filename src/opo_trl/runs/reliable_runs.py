@@ -117,7 +117,8 @@ class ReliableRuns(GRPOTrainer):
             self._wandb = ResumedWandb(self._describe)
             self.remove_callback(theirs[0])
             self.add_callback(self._wandb)
-        warn_of_equal_names(self.reward_func_names)
+        if self.accelerator.is_main_process:
+            warn_of_equal_names(self.reward_func_names)
         self._guard, self._empty = FunctionGuard(), EmptyCompletions(self._tokenizer.pad_token_id)
         self.reward_funcs = [
             self._guard.reward(function, name)

@@ -120,7 +120,7 @@ def launch(command: str, arguments: list[str]) -> int:
         parsed = parse_launch(command, arguments)
         if command == "train":
             _check_names(parsed.training_script_args)
-        with _pass_sigterm_on(), _left_to_the_script(signal.SIGINT):
+        with _pass_sigterm_on():
             launch_command(with_defaults(parsed))
     except CalledProcessError as error:  # one process, started by accelerate itself
         return _exit_status(error.returncode)
@@ -128,6 +128,9 @@ def launch(command: str, arguments: list[str]) -> int:
         rank, failure = error.get_first_failure()
         print(f"error: rank {rank} ended with exit status {_exit_status(failure.exitcode)}", file=sys.stderr)
         return _exit_status(failure.exitcode)
+    except KeyboardInterrupt:
+        _end_children()
+        return _exit_status(-signal.SIGINT)
     except SignalException as error:  # to this process; torch has passed it on and waited for the ranks
         return _exit_status(-error.sigval)
     except (ValueError, OSError) as error:
@@ -214,12 +217,14 @@ def _split(arguments: list[str], launcher: argparse.ArgumentParser) -> tuple[lis
 
 def _check_names(arguments: list[str]) -> None:
     """Refuse a script's arguments without problems or a model: the script would after importing the trainer."""
-    from .quickstart import names_any
-    from .train_arguments import WORKS_ON, check_names
+    from .quickstart import is_quickstart, names_any
+    from .train_arguments import ABOUT_NAMES, check_names
 
-    if names_any(arguments, ("config",)) or not names_any(arguments, WORKS_ON):
+    if names_any(arguments, ("config",)) or is_quickstart(arguments, ABOUT_NAMES):
         return  # the config file names them, or the quickstart's does
-    dataset, model = (name if names_any(arguments, (name,)) else None for name in WORKS_ON)
+    dataset, model = (
+        name if names_any(arguments, (name,)) else None for name in ("dataset_name", "model_name_or_path")
+    )
     check_names(dataset, model)
 
 
@@ -261,14 +266,20 @@ def _pass_sigterm_on() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-@contextmanager
-def _left_to_the_script(number: int) -> Iterator[None]:
-    """Wait for the script, which a terminal sends Ctrl-C as well, instead of ending before it."""
-    before = signal.signal(number, lambda *_: None)
-    try:
-        yield
-    finally:
-        signal.signal(number, before)
+def _end_children(seconds: float = 10.0) -> None:
+    """
+    Wait for the script, to which a terminal sends Ctrl-C as well, and interrupt it if the signal came here alone.
+
+    Args:
+        seconds (`float`, *optional*, defaults to `10.0`):
+            How long the script may take to end by itself.
+    """
+    import psutil
+
+    _, running = psutil.wait_procs(psutil.Process().children(), timeout=seconds)
+    for child in running:
+        child.send_signal(signal.SIGINT)
+    psutil.wait_procs(running)
 
 
 def _exit_status(code: int) -> int:

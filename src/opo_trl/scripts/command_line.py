@@ -65,7 +65,7 @@ class ScriptParser(TrlParser):
             words += word.split("=", 1) if word.startswith("--config=") else [word]
         if words[-1:] == ["--config"]:
             raise ValueError("--config must be followed by the path of a YAML file.")
-        if "--config" in words and not Path(file := words[words.index("--config") + 1]).is_file():
+        if "--config" in words and not Path(file := words[words.index("--config") + 1]).exists():
             raise ValueError(f"--config must name a YAML file, there is no {file!r}.")
         try:
             return super().parse_args_and_config(words, **options)

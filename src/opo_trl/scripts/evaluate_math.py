@@ -55,9 +55,11 @@ from .evaluation_tables import examples_without_answer, truncation_warning
 from .judging import judge, shift
 from .policies import Checkpoint, find_checkpoints, short_name
 from .problems import fit_to_tokenizer, load_problems, parse_dataset
-from .quickstart import or_quickstart
+from .quickstart import NOTE, is_quickstart, or_quickstart
 from .setup_phase import SetupPhase, on_all_ranks
 
+# Models, datasets, and what only makes sense with those that are named.
+ABOUT_NAMES = ("models", "datasets", "base_model", "last_checkpoints", "prompt_column", "solution_column")
 QUICKSTART = Path(__file__).with_name("evaluate_quickstart.yaml")
 _LONGEST_BY_DEFAULT = 4_096  # tokens; ends nearly all answers of instruct models, not those of reasoning models
 _MOST_CATEGORIES = 30  # a column of more values is not one of categories
@@ -416,12 +418,14 @@ def main(arguments: list[str] | None = None, setup: SetupPhase | None = None) ->
     setup = setup or SetupPhase()
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = make_parser()
-    (args,) = parser.parse_args_and_config(or_quickstart(arguments, ("models", "datasets"), QUICKSTART))
+    (args,) = parser.parse_args_and_config(or_quickstart(arguments, ABOUT_NAMES, QUICKSTART))
     disable_progress_bars()
     transformers_logging.disable_progress_bar()
     on_cpu = why_on_cpu() is not None or not torch.cuda.is_available()
     # One process may wait hours for another's last batch.
     state = PartialState(cpu=on_cpu, timeout=timedelta(days=7))
+    if arguments and is_quickstart(arguments, ABOUT_NAMES):
+        state.print(NOTE)
     if parser.chosen:
         state.print(describe_choice(parser.chosen))
     if state.device.type == "cuda" and use_vllm(args):

@@ -13,7 +13,11 @@ from ..data.layouts import INSTRUCTION
 from .command_line import ScriptParser
 from .devices import training_defaults
 
-WORKS_ON = ("dataset_name", "model_name_or_path")  # arguments without which the quickstart runs
+# The model, the problems, and what only makes sense with a model or problems that are named.
+ABOUT_NAMES = (
+    "model_name_or_path", "model_revision", "dataset_name", "dataset_config", "dataset_train_split",
+    "dataset_test_split", "eval_dataset_name", "prompt_column", "solution_column", "deduplicate_against", "pass_rates",
+)  # fmt: skip
 
 
 @dataclass
@@ -111,13 +115,19 @@ def check_names(dataset: str | None, model: str | None) -> None:
     if dataset is None:
         raise ValueError(
             "--dataset_name must name the problems to train on, got nothing. Pass a Hub name or a local file, or leave "
-            "--model_name_or_path out as well for the quickstart."
+            "--model_name_or_path and --config out as well for the quickstart."
         )
     if model is None:
         raise ValueError(
             "--model_name_or_path must name a causal language model, got nothing. Pass a Hub name, a directory, or "
-            "tiny_policy, which is part of this package, or leave --dataset_name out as well for the quickstart."
+            "tiny_policy, which is part of this package, or leave --dataset_name and --config out as well for the "
+            "quickstart."
         )
+
+
+def measures_held_out(script_args: MathScriptArguments, args: Any) -> bool:
+    """Whether a run with these arguments of the script and of the trainer needs held-out problems."""
+    return args.eval_strategy != "no" or script_args.report
 
 
 def check_held_out(script_args: MathScriptArguments, args: Any, on_command_line: Set[str]) -> None:
@@ -135,8 +145,11 @@ def check_held_out(script_args: MathScriptArguments, args: Any, on_command_line:
     Raises:
         ValueError: If `num_eval_problems` is on the command line, and there is neither an evaluation nor a report.
     """
-    measured = args.eval_strategy != "no" or script_args.report
-    if script_args.num_eval_problems and not measured and "num_eval_problems" in on_command_line:
+    if (
+        script_args.num_eval_problems
+        and not measures_held_out(script_args, args)
+        and "num_eval_problems" in on_command_line
+    ):
         raise ValueError(
             f"--num_eval_problems {script_args.num_eval_problems} needs --eval_strategy steps or --report, without "
             "which no problem is held out. Add one of them, or leave --num_eval_problems out."
@@ -149,7 +162,7 @@ def make_parser(**options: str) -> ScriptParser:
     from ..config import CONTRACT
 
     parser = ScriptParser((MathScriptArguments, OPOConfig, ModelConfig), training_defaults, **options)
-    own = inspect.get_annotations(OPOConfig)  # their help says it
+    own = inspect.get_annotations(OPOConfig)  # fields whose help lists the allowed values
     choices = {rule.field: rule.choices for rule in CONTRACT if rule.field not in own}
     for action in parser._actions:
         if action.dest == "resume_from_checkpoint":

@@ -62,13 +62,20 @@ from ..runs.hub import PushError, claim_repository
 from .devices import describe_choice
 from .policies import model_path
 from .problems import EMBEDDED_DATASET, fit_to_tokenizer, load_problems, parse_dataset
-from .quickstart import names_any, or_quickstart
+from .quickstart import NOTE, is_quickstart, or_quickstart
 from .report_run import report_at_end
 from .reporting import ConsoleProgress, RunLog, describe, measure, write_summary
 from .resuming import check_saving, find_checkpoint
 from .reward_functions import check_prompts, check_weights, load_reward_functions, pass_at_k_name
 from .setup_phase import SetupPhase, on_all_ranks
-from .train_arguments import WORKS_ON, MathScriptArguments, check_held_out, check_names, make_parser
+from .train_arguments import (
+    ABOUT_NAMES,
+    MathScriptArguments,
+    check_held_out,
+    check_names,
+    make_parser,
+    measures_held_out,
+)
 
 QUICKSTART = Path(__file__).with_name("quickstart.yaml")
 
@@ -153,7 +160,7 @@ def load_inputs(
     functions = load_reward_functions(script_args.reward_funcs)
     check_weights(functions, training_args.reward_weights)
     training_args.pass_at_k_reward = pass_at_k_name(training_args.pass_at_k_reward, script_args.reward_funcs, functions)
-    with_eval = training_args.eval_strategy != "no" or script_args.report
+    with_eval = measures_held_out(script_args, training_args)
     train_dataset, eval_dataset = load_datasets(script_args, training_args.seed, with_eval, functions)
     model_name = model_path(model_args.model_name_or_path)
     tokenizer = load_tokenizer(model_name, model_args.model_revision, training_args.trust_remote_code)
@@ -237,12 +244,12 @@ def parse(arguments: list[str]) -> tuple[MathScriptArguments, OPOConfig, ModelCo
     """Parse the command line; the last result is what to print: the choices without an accelerator, a warning."""
     parser = make_parser()
     script_args, training_args, model_args = parser.parse_args_and_config(
-        or_quickstart(arguments, WORKS_ON, QUICKSTART)
+        or_quickstart(arguments, ABOUT_NAMES, QUICKSTART)
     )
     check_held_out(script_args, training_args, parser.on_command_line)
     notes = [describe_choice(parser.chosen), check_saving(training_args, parser.on_command_line)]
-    if arguments and not names_any(arguments, ("config", *WORKS_ON)):
-        notes.insert(0, "No model and no dataset are named: this is the quickstart, with these arguments.")
+    if arguments and is_quickstart(arguments, ABOUT_NAMES):
+        notes.insert(0, NOTE)
     return script_args, training_args, model_args, [note for note in notes if note is not None]
 
 
