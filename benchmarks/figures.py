@@ -72,6 +72,12 @@ def main() -> None:
     update_phase.plot(result("update_phase")["cases"], RESULTS / "update_phase.png")
     for path in RESULTS.glob("*.png"):
         shutil.copy(path, IMAGES)
+    evaluated = {name: each["test"]["pass@1"] for name, each in result("smollm2_evaluation")["models"].items()}
+    first, last = (
+        {"pass@1": evaluated[name]["mean"], "interval": (evaluated[name]["low"], evaluated[name]["high"])}
+        for name in ("smollm2", "smollm2-opo")
+    )
+    plot_curves(IMAGES / "smollm2_training.png", result("smollm2_training_log"), first, last)
     summary = result("quickstart")
     before, after = (
         {"pass@1": summary[f"pass@1_{when}"], "interval": summary[f"pass@1_{when}_interval"]}

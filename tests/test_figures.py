@@ -344,6 +344,36 @@ def test_the_pretrained_model():
     assert f"{model['sampler']['redrawn']} of {model['sampler']['tokens']:,} differ" in words
 
 
+def test_the_learning_curve_of_the_pretrained_model():
+    measured, text = results("smollm2_evaluation"), page("real_model")
+    before, after = (measured["models"][name]["test"] for name in ("smollm2", "smollm2-opo"))
+    difference = measured["difference_to_smollm2"]["smollm2-opo"]["test"]
+    shown = {**EVALUATION_ROWS, "truncated (%)": ("truncated", 100, 1)}
+    table = the_table(text, "of 64 held-out problems")
+    assert len(table) == 7
+    for row, *cells in table:
+        metric, scale, digits = shown[row]
+        assert cells == [
+            interval(before[metric], scale, digits),
+            interval(after[metric], scale, digits),
+            interval(difference[metric], scale, digits, signed=True),
+        ], row
+    arguments = measured["arguments"]
+    assert measured["problems"] == {"test": 64}
+    assert (arguments["num_samples"], arguments["temperature"], arguments["max_new_tokens"]) == ([8], 1.0, 64)
+    rewards = [entry["reward"] for entry in results("smollm2_training_log") if "reward" in entry]
+    assert len(rewards) == 40
+    first, last = (sum(part) / 5 for part in (rewards[:5], rewards[-5:]))
+    words = " ".join(text.split())
+    assert f"is {first:.2f} in the first five steps and {last:.2f} in the last five" in words
+    rise = interval(difference["pass@1"], 100, 0, signed=True).replace("(", "(95 % interval ")
+    assert f"raises pass@1 by {rise.removesuffix(')')}) points" in words
+    answered = [found["pass@1"]["mean"] / (1 - found["no-answer"]["mean"]) for found in (before, after)]
+    assert "with an answer, {:.0%} are right before and {:.0%} after".format(*answered).replace("%", " %") in words
+    scores = "from {:.1f} to {:.1f} %".format(*(100 * found["pass@1"]["mean"] for found in (before, after)))
+    assert f"pass@1 of SmolLM2-135M on word problems {scores}" in " ".join(README.split())
+
+
 def test_readmes_baseline_weights():
     """Each row has the variance, at equal scale, with the weight that it advises."""
 
