@@ -221,6 +221,7 @@ def test_metrics_and_logs(tmp_path):
     assert set(trainer._metrics) == {"train", "eval"}
     assert trainer._metrics["train"]["new"] == []
     assert isinstance(trainer._logs["advantages"], deque)
+    assert isinstance(trainer._logs["prompt"], deque), "empty where nothing was sampled"
 
 
 def test_extra_columns_of_the_completions_table(tmp_path):
