@@ -268,13 +268,15 @@ def test_ctrl_c_ends_the_run_with_one_sentence(tmp_path, terminal):
     """A terminal sends it to all processes; `kill -INT` to one."""
     command = [sys.executable, "-m", "opo_trl.scripts.cli", "train", "--cpu", *TINY, "--max_steps", "100000",
                "--logging_steps", "1", "--save_steps", "100000", "--output_dir", "run"]  # fmt: skip
-    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen(command, cwd=tmp_path, start_new_session=True, **pipe) as process:
+    # A shell starts what is to run in the background with SIGINT ignored, and so do its tests.
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True,
+               "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # fmt: skip
+    with subprocess.Popen(command, cwd=tmp_path, **options) as process:
         try:
             assert next((line for line in process.stdout if re.match(r" *3/100000 ", line)), None), "no third step"
             (os.killpg if terminal else os.kill)(process.pid, signal.SIGINT)
-            rest = process.stdout.read()
-            assert process.wait(timeout=60) == 130
+            rest, _ = process.communicate(timeout=120)
+            assert process.returncode == 130
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
