@@ -85,11 +85,9 @@ def load_word_problems(split: str, size: int, seed: int = 0) -> Dataset:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=ROOT / "outputs" / "word_problems")
-    parser.add_argument("--train_problems", type=int, default=1000)
-    parser.add_argument("--test_problems", type=int, default=128)
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    for split, size in (("train", args.train_problems), ("test", args.test_problems)):
+    for split, size in (("train", 1000), ("test", 128)):
         load_word_problems(split, size).to_json(args.output_dir / f"{split}.jsonl")
     print(f"written to {args.output_dir}", flush=True)
 

@@ -29,6 +29,8 @@ from opo_trl.scripts import cli
 TINY = ["--model_name_or_path", "tiny_policy", "--dataset_name", "arithmetic", "--num_train_problems", "16",
         "--num_generations", "2", "--per_device_train_batch_size", "4", "--max_completion_length", "4",
         "--max_steps", "1", "--report_to", "none"]  # fmt: skip
+ENDLESS = [sys.executable, "-m", "opo_trl.scripts.cli", "train", "--cpu", *TINY, "--max_steps", "100000",
+           "--logging_steps", "1", "--save_steps", "100000", "--output_dir", "run"]  # fmt: skip
 
 
 def run(code):
@@ -247,9 +249,7 @@ def test_a_mistake_is_reported_in_one_sentence(capfd):
 @pytest.mark.slow
 def test_sigterm_reaches_the_script_and_its_exit_status_comes_back(tmp_path):
     """A preempted run saves, and its scheduler can tell by the exit status that it is to be repeated."""
-    command = [sys.executable, "-m", "opo_trl.scripts.cli", "train", "--cpu", *TINY, "--max_steps", "100000",
-               "--logging_steps", "1", "--save_steps", "100000", "--output_dir", "run"]  # fmt: skip
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(ENDLESS, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert next((line for line in process.stdout if re.match(r" *3/100000 ", line)), None), "no third step"
             process.send_signal(signal.SIGTERM)
@@ -266,12 +266,10 @@ def test_sigterm_reaches_the_script_and_its_exit_status_comes_back(tmp_path):
 @pytest.mark.parametrize("terminal", [True, False])
 def test_ctrl_c_ends_the_run_with_one_sentence(tmp_path, terminal):
     """A terminal sends it to all processes; `kill -INT` to one."""
-    command = [sys.executable, "-m", "opo_trl.scripts.cli", "train", "--cpu", *TINY, "--max_steps", "100000",
-               "--logging_steps", "1", "--save_steps", "100000", "--output_dir", "run"]  # fmt: skip
     # A shell starts what is to run in the background with SIGINT ignored, and so do its tests.
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True,
                "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # fmt: skip
-    with subprocess.Popen(command, cwd=tmp_path, **options) as process:
+    with subprocess.Popen(ENDLESS, cwd=tmp_path, **options) as process:
         try:
             assert next((line for line in process.stdout if re.match(r" *3/100000 ", line)), None), "no third step"
             (os.killpg if terminal else os.kill)(process.pid, signal.SIGINT)

@@ -108,12 +108,13 @@ def load_math_dataset(
     dropped = Counter[str]()
     for row_id, row in zip(ids, dataset, strict=True):
         problem, answer = problem_of(row), answer_of(row)
-        if isinstance(answer, list | dict) and (require_solution or solution_column is not None):
+        several = isinstance(answer, list | dict)
+        if several and (require_solution or solution_column is not None):
             raise ValueError(
                 f"An answer must be a string or a number, {name_or_path!r} has {answer!r} for {problem!r}. Write the "
                 "answer itself into a column, and pass it as `solution_column`."
             )
-        solution = "" if isinstance(answer, list | dict) else final_answer(answer)
+        solution = "" if several else final_answer(answer)
         text = " ".join(str(problem or "").split())
         if not text:
             dropped["without a problem"] += 1

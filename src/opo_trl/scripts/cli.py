@@ -34,6 +34,8 @@ REPORT = "Write curves, times and completions of a run into one HTML file."  # r
 # command decides them.
 NOT_ACCELERATES = {"help", "debug", "gradient_accumulation_steps", "module", "no_python"}
 
+SECONDS_TO_END = 10.0  # that a script may take after Ctrl-C before it is taken to have missed it
+
 _OTHERS = "\nTRL:\n"  # the heading of the first section of help that needs TRL's configuration
 
 MIXED = (
@@ -266,17 +268,11 @@ def _pass_sigterm_on() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _end_children(seconds: float = 10.0) -> None:
-    """
-    Wait for the script, to which a terminal sends Ctrl-C as well, and interrupt it if the signal came here alone.
-
-    Args:
-        seconds (`float`, *optional*, defaults to `10.0`):
-            How long the script may take to end by itself.
-    """
+def _end_children() -> None:
+    """Wait for the script, to which a terminal sends Ctrl-C as well, and interrupt it if the signal came here alone."""
     import psutil
 
-    _, running = psutil.wait_procs(psutil.Process().children(), timeout=seconds)
+    _, running = psutil.wait_procs(psutil.Process().children(), timeout=SECONDS_TO_END)
     for child in running:
         child.send_signal(signal.SIGINT)
     psutil.wait_procs(running)
