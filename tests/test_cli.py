@@ -99,6 +99,8 @@ def test_help_of_train_lists_the_fields_of_opo_first_and_those_of_transformers_l
     assert {"--learning_rate", "--output_dir"} <= set(found["transformers"])
     every = [option for options in found.values() for option in options]
     assert len(every) == len(set(every)) > 200
+    usual = importlib.import_module("opo_trl.scripts.train_arguments").USUAL
+    assert {f"--{name}" for name in usual} <= set(every)
 
 
 def test_what_help_prints_first_is_what_the_parser_has(monkeypatch):

@@ -70,6 +70,7 @@ def test_curves_filters_and_search(tmp_path, driver):
         own=[1.0, 2.0] * 2,
         learning_rate=[1e-3] * 4,
         completions__clipped_ratio=[0.5, 1.0] * 2,
+        entropy=[3.86, 3.88, 3.92, 3.9],
     )
     log.append({"step": 4, "eval_reward": 0.75})
     open_report(driver, write_report(make_run(tmp_path, tables, log)))
@@ -85,8 +86,13 @@ def test_curves_filters_and_search(tmp_path, driver):
     assert points["time/update"] == ([1, 2, 3, 4], [2.0] * 4, "bar")
     constant = "return document.querySelector('.constant').textContent"
     assert driver.execute_script(constant) == "Constant: learning_rate 0.001"
-    ranges = "return [...document.querySelectorAll('.js-plotly-plot')].map((plot) => plot._fullLayout.yaxis.range[1])"
-    assert driver.execute_script(ranges)[1] < 1.05, "a fraction"
+    ranges = driver.execute_script(
+        "return [...document.querySelectorAll('.js-plotly-plot')].map((plot) =>"
+        "[plot.data[0].meta, plot._fullLayout.yaxis.range])"
+    )
+    least, most = ({name: each[end] for name, each in ranges} for end in (0, 1))
+    assert most["completions/clipped_ratio"] < 1.05, "a fraction"
+    assert (least["entropy"], least["reward"] > 0) == (0, True), "from 0 on where the curve is flat"
     assert "own" not in points, "other metrics are drawn when they are asked for"
     driver.execute_script("document.querySelector('#charts > details').open = true")
     time.sleep(1)
@@ -98,6 +104,8 @@ def test_curves_filters_and_search(tmp_path, driver):
     groups = frame.groupby([frame["step"], frame["opo/group"]])["opo/reward"]
     highest, lowest = groups.transform("max"), groups.transform("min")
     expected = {
+        "positive": frame["opo/reward"] > 0,
+        "not_positive": frame["opo/reward"] <= 0,
         "none_positive": highest <= 0,
         "all_equal": highest == lowest,
         "truncated": frame["opo/truncated"],
@@ -137,6 +145,23 @@ def test_curves_filters_and_search(tmp_path, driver):
     assert rows_shown(driver) == set(frame.index)
     click(driver, "truncated")
     assert driver.execute_script("return document.activeElement.dataset.filter") == "truncated"
+    assert errors(driver) == []
+
+
+def test_filters_judge_by_the_chosen_function(tmp_path, driver):
+    rows = make_rows(1, groups=6)
+    for number, row in enumerate(rows):
+        row |= {"right": float(number % 3 == 0), "short": -0.1 * number}
+        row.pop("opo/reward")
+        row.pop("scored")
+    open_report(driver, write_report(make_run(tmp_path, {1: rows}, log_of(reward=[0.5, 0.6]))))
+    click(driver, "positive")
+    assert rows_shown(driver) == set(range(0, len(rows), 3))
+    choose(driver, "judge", "1")
+    assert rows_shown(driver) == set()
+    click(driver, "positive")
+    click(driver, "not_positive")
+    assert rows_shown(driver) == set(range(len(rows)))
     assert errors(driver) == []
 
 

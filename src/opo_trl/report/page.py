@@ -81,7 +81,8 @@ def describe(run: RunFiles, max_completions: int = MAX_COMPLETIONS, steps: Itera
     """Everything that the report of a run shows, as values that JSON can express."""
     groups, facts, notes = _read_groups(run, max_completions, steps)
     metrics = metric_series(run.log)
-    evidence = Evidence(metrics, groups, run.settings.get("args", {}).get("max_completion_length"))
+    given = run.settings.get("args", {})
+    evidence = Evidence(metrics, groups, given.get("max_completion_length"))
     if not metrics:
         notes.append(
             "This run has no log. Call `trainer.save_state()` at the end of training, or save a checkpoint, for curves."
@@ -96,7 +97,7 @@ def describe(run: RunFiles, max_completions: int = MAX_COMPLETIONS, steps: Itera
     return {
         "title": run.directory.resolve().name,
         "facts": [*_run_facts(run), *facts],
-        "settings": {name: str(value) for name, value in run.settings.get("args", {}).items() if value is not None},
+        "settings": {name: str(value) for name, value in sorted(given.items()) if value is not None},
         "notes": notes,
         "findings": [_finding(finding) for finding in find(evidence)],
         "rules": evaluate(evidence),

@@ -76,8 +76,14 @@
   const style = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
   const drawn = [];
 
-  const largest = (chart) =>
-    Math.max(...chart.lines.flatMap(({ metric }) => data.metrics[metric].values.map(Math.abs)));
+  const valuesOf = (chart) => chart.lines.flatMap(({ metric }) => data.metrics[metric].values);
+  const largest = (chart) => Math.max(...valuesOf(chart).map(Math.abs));
+
+  // Whether the curve hardly changes. From 0 on it then looks flat, where an axis cut to its range would show a rise.
+  const isFlat = (chart) => {
+    const least = Math.min(...valuesOf(chart));
+    return least > 0 && least > 0.9 * largest(chart);
+  };
 
   // A line at the step whose completions are shown.
   function chosenStep() {
@@ -96,7 +102,7 @@
       xaxis: { ...axis, title: { text: "optimizer step", standoff: 6, font: { size: 11 } },
         unifiedhovertitle: { text: "step %{x}" }, exponentformat: "SI" },
       yaxis: { ...axis, title: { text: chart.unit, standoff: 6, font: { size: 11 } },
-        exponentformat: largest(chart) >= 1000 ? "SI" : "e", ...limits },
+        exponentformat: largest(chart) >= 1000 ? "SI" : "e", rangemode: isFlat(chart) ? "tozero" : "normal", ...limits },
       barmode: "stack", bargap: 0.15,
       showlegend: chart.lines.length > 1,
       legend: { orientation: "h", x: 1, xanchor: "right", y: 1.02, yanchor: "bottom", font: { size: 11 }, traceorder: "normal" },
@@ -200,10 +206,20 @@
 
   // ---- Completions
 
+  // The reward by which filters judge: that of training, or of one of several functions.
+  function judged(row) {
+    const place = data.functions.indexOf(data.judges[state.judge]);
+    return place < 0 ? row.reward : row.rewards[place];
+  }
+
   const FILTERS = [
-    { id: "none_positive", label: "no reward above 0", of: (group) => group.none_positive[state.judge],
+    { id: "positive", label: "reward above 0", of: (group, row) => judged(row) > 0,
+      help: "Completions with a reward above 0" },
+    { id: "not_positive", label: "reward 0 or below", of: (group, row) => judged(row) !== null && judged(row) <= 0,
+      help: "Completions with a reward of 0 or below" },
+    { id: "none_positive", label: "groups without a reward above 0", of: (group) => group.none_positive[state.judge],
       help: "Groups in which no completion has a reward above 0" },
-    { id: "all_equal", label: "all equal", of: (group) => group.all_equal[state.judge],
+    { id: "all_equal", label: "groups with equal rewards", of: (group) => group.all_equal[state.judge],
       help: "Groups in which all completions have the same reward" },
     { id: "truncated", label: "truncated", of: (group, row) => row.truncated === true, shown: data.has.truncated,
       help: "Completions that stop without an end-of-sequence token" },

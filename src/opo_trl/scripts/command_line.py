@@ -107,6 +107,7 @@ class ScriptParser(TrlParser):
         formatter.add_usage(f"{self.prog} [--config FILE.yaml] [--argument VALUE ...]", [], [])
         formatter.add_text(self.description)
         formatter.add_text("--config FILE.yaml reads arguments from a file; those of the command line take precedence.")
+        formatter.add_text(self.epilog)  # before several screens of arguments, after which nobody would see it
         for title, actions in sections.items():
             formatter.start_section(title)
             formatter.add_arguments(actions)

@@ -19,6 +19,14 @@ ABOUT_NAMES = (
     "dataset_test_split", "eval_dataset_name", "prompt_column", "solution_column", "deduplicate_against", "pass_rates",
 )  # fmt: skip
 
+# What a run usually sets, which --help names before it describes some 250 arguments.
+USUAL = (
+    "model_name_or_path", "dataset_name", "output_dir", "num_generations", "per_device_train_batch_size",
+    "gradient_accumulation_steps", "max_completion_length", "max_steps", "learning_rate", "eval_strategy",
+    "logging_steps", "save_steps", "report_to",
+)  # fmt: skip
+USUALLY = f"A run usually sets {', '.join(f'--{name}' for name in USUAL)}."
+
 
 @dataclass
 class MathScriptArguments(ScriptArguments):
@@ -161,7 +169,7 @@ def make_parser(**options: str) -> ScriptParser:
     from .. import OPOConfig  # TRL's configuration, which it extends, takes seconds to import
     from ..config import CONTRACT
 
-    parser = ScriptParser((MathScriptArguments, OPOConfig, ModelConfig), training_defaults, **options)
+    parser = ScriptParser((MathScriptArguments, OPOConfig, ModelConfig), training_defaults, epilog=USUALLY, **options)
     own = inspect.get_annotations(OPOConfig)  # fields whose help lists the allowed values
     choices = {rule.field: rule.choices for rule in CONTRACT if rule.field not in own}
     for action in parser._actions:
@@ -177,7 +185,7 @@ def make_parser(**options: str) -> ScriptParser:
 
 def make_quick_parser(**options: Any) -> ScriptParser:
     """Make a parser without the fields of TRL's and transformers' configurations: it describes, and parses nothing."""
-    return ScriptParser((MathScriptArguments, own_fields_of_opo_config(), ModelConfig), **options)
+    return ScriptParser((MathScriptArguments, own_fields_of_opo_config(), ModelConfig), epilog=USUALLY, **options)
 
 
 def own_fields_of_opo_config() -> Any:
