@@ -1,7 +1,8 @@
-"""Shared by the benchmarks: provenance of results, Markdown tables, and sampling and scoring of completions."""
+"""Shared by the benchmarks: provenance, Markdown tables, intervals, and sampling and scoring of completions."""
 
 import os
 import platform
+import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -61,6 +62,15 @@ def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table, as on the pages of docs."""
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def interval(values: Sequence[float]) -> dict[str, float]:
+    """Mean over seeds with its 95 % interval by Student's t."""
+    from scipy.stats import t as student_t  # of the extra `dev`, which the other benchmarks do not need
+
+    mean = statistics.fmean(values)
+    half = student_t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
 def crossing(places: Sequence[float], accuracies: Sequence[float], target: float) -> float | None:

@@ -61,12 +61,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # runs are parallel, one per core
 ROOT = Path(__file__).resolve().parents[1]
 import torch
 from datasets import disable_progress_bars
-from scipy.stats import t as student_t
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 from transformers.utils import logging
 from trl import GRPOConfig, GRPOTrainer
 
-from measuring import RESULTS, keep_freed_memory, provenance, sample_records
+from measuring import RESULTS, interval, keep_freed_memory, provenance, sample_records
 from opo_report import page_tables, plot
 from opo_trl import OPOConfig, OPOTrainer
 from opo_trl.evaluation import problem_metrics
@@ -332,13 +331,6 @@ def choose_rates(
                 extended = True
         if not extended:
             return sweeps
-
-
-def interval(values: Sequence[float]) -> dict[str, float]:
-    """Mean over seeds with its 95 % interval by Student's t."""
-    mean = statistics.fmean(values)
-    half = student_t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-    return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
 def paired_interval(values: Sequence[float], reference: Sequence[float]) -> dict[str, float]:

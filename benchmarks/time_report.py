@@ -6,10 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from scipy.stats import t as student_t
-
 from figures import COLORS, GREY, figure
-from measuring import crossing, markdown_table
+from measuring import crossing, interval, markdown_table
 
 TITLES = {
     "grpo": "GRPO",
@@ -52,9 +50,7 @@ def target_accuracy(runs: Mapping[str, Sequence[Mapping[str, Any]]], share: floa
 
 def geometric_interval(values: Sequence[float]) -> dict[str, float]:
     """Geometric mean over seeds with its 95 % interval by Student's t in the logarithm."""
-    logs = [math.log(value) for value in values]
-    mean, half = statistics.fmean(logs), student_t.ppf(0.975, len(logs) - 1) * statistics.stdev(logs) / len(logs) ** 0.5
-    return {"mean": math.exp(mean), "low": math.exp(mean - half), "high": math.exp(mean + half)}
+    return {end: math.exp(value) for end, value in interval([math.log(value) for value in values]).items()}
 
 
 def summarize(runs: Mapping[str, Sequence[Mapping[str, Any]]], shares: Sequence[float], width: int) -> dict[str, Any]:
@@ -167,11 +163,9 @@ def final_table(report: Mapping[str, Any]) -> str:
     rows = []
     for variant, final in report["final"].items():
         curve, equal = report["curves"][variant], report["uninformative"][variant]
-        half = student_t.ppf(0.975, len(final) - 1) * statistics.stdev(final) / len(final) ** 0.5
         rows.append([
             TITLES[variant], f"{report['sweeps'][variant]['best']:g}",
-            f"{100 * statistics.fmean(final):.1f} ({100 * (statistics.fmean(final) - half):.1f} to "
-            f"{100 * (statistics.fmean(final) + half):.1f})",
+            _cell(interval([100 * each for each in final]), ".1f"),
             *(f"{curve[axis][-1]:,.0f}" for axis in ("seconds", "tokens", "steps")),
             f"{100 * statistics.fmean(equal):.0f} %",
         ])  # fmt: skip

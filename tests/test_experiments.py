@@ -10,8 +10,9 @@ import torch
 import gradient_variance
 import opo_vs_grpo
 from gradient_variance import BASELINES, Completions, CountSketch, Prompt, compared, group_statistics, take_gradients
+from measuring import interval
 from opo_trl.evaluation.sampling import TransformersSampler
-from opo_vs_grpo import FIRST_GRID, LEARNING_RATES, SWEEP_SEEDS, Job, choose_rates, complete, interval
+from opo_vs_grpo import FIRST_GRID, LEARNING_RATES, SWEEP_SEEDS, Job, choose_rates, complete
 from tiny import tiny_model, tiny_tokenizer
 
 
