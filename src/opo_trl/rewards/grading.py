@@ -70,7 +70,7 @@ def _probe(node: Node) -> None:
 
 
 def _same(gold: Node, answer: Node) -> bool:
-    if gold.text == answer.text or (_words(gold.text) is not None and _words(gold.text) == _words(answer.text)):
+    if gold.text == answer.text or _same_words(gold.text, answer.text):
         return True
     # Inequalities may be given as intervals and the other way round; two inequalities are compared as they are written.
     if not (_is_inequality(gold) and _is_inequality(answer)):
@@ -105,7 +105,8 @@ def _same_collection(gold: Collection, answer: Collection) -> bool:
     names = [{part.name for part in side.parts if isinstance(part, Relation)} for side in (gold, answer)]
     if any(len(side) > 1 for side in names) and len(names[0]) != len(names[1]):
         return False
-    if any(_words(part.text) is not None for part in gold.parts) and all(isinstance(p, Value) for p in gold.parts):
+    words_alone = all(isinstance(part, Value) and _words(part.text) is not None for part in gold.parts)
+    if words_alone and gold.kind != "set":
         return all(map(_same, gold.parts, answer.parts))  # words may be a ranking
     unmatched = list(answer.parts)
     for part in gold.parts:
@@ -189,14 +190,34 @@ def _is_plain(gold: str, answer: str) -> bool:
     return used <= (_COMMANDS - _COMPUTATIONS) | allowed
 
 
+def _same_words(gold: str, answer: str) -> bool:
+    """Whether two normal forms are the same text or time. Capitals matter only where the letters may be names."""
+    one, other = _words(gold), _words(answer)
+    if one is None or other is None:
+        return False
+    if one == other:
+        return True
+    is_text = r"\text{" in gold or r"\text{" in answer
+    may_be_names = not is_text and any(re.fullmatch("[A-Z]+", words) for words in (one, other))  # ABC is not abc
+    return not may_be_names and _folded(gold) == _folded(answer)
+
+
 def _words(text: str) -> str | None:
     r"""What a text or a time says, `\text{(E)}` and `E` being the same; `None` if it is mathematics."""
     if not re.search(r"\\text\{[^{}]*[A-Za-z]", text) and not re.fullmatch(
         r"[A-Za-z]|[A-Za-z][A-Za-z ,.'()-]{2,}|.*\d:\d.*", text
     ):
         return None
-    words = re.sub(r"[\s().]+", "", re.sub(r"\\text\{([^{}]*)\}", r"\1", text))
-    return words if len(words) == 1 else words.casefold()
+    # Brackets around more than one letter, and what stands between digits, may be mathematics.
+    words = re.sub(r"(?<![A-Za-z])\(([A-Za-z])\)", r"\1", re.sub(r"\\text\{([^{}]*)\}", r"\1", text))
+    return re.sub(r"\.(?!\d)|(?<!\d)\s+|\s+(?!\d)", "", words)
+
+
+def _folded(text: str) -> str | None:
+    """The words of a text without capitals: those within `\\text`, or, if there is none, all of two letters or more."""
+    where = r"\\text\{[^{}]*\}" if r"\text{" in text else "^.*$"
+    lower = re.sub(where, lambda part: re.sub(r"[A-Za-z](?:\.?[A-Za-z])+", lambda word: word[0].lower(), part[0]), text)
+    return _words(lower)
 
 
 @lru_cache(maxsize=512)

@@ -67,6 +67,7 @@ _SYNONYMS = [
         (r"\\text\{\s*\}", ""),
         (r"\\text\{([0-9A-Z]+)\}(?=_)", r"\1"),  # the digits of a number with a base
         (r"^\s*\\text\{\s*([-+]?[\d.,]*\d)\s*\}\s*$", r"\1"),  # a number set in text, and nothing else
+        (r"^\s*\\text\{\s*([-+]?[\d.,]*\d)\s+([A-Za-z][A-Za-z. ]*)\}\s*$", r"\1\\text{ \2}"),  # or with its unit
     ]
 ]  # fmt: skip
 _ARGUMENTS = {r"\frac": 2, r"\binom": 2, r"\sqrt": 1}

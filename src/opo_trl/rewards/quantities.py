@@ -19,6 +19,8 @@ _UNIT = re.compile(
     r"|(?<=[\d}]) (?P<bare>[A-Za-z.]{2,}(?: [A-Za-z.]{2,})*))"
 )
 _ANGLE = re.compile(r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc)")  # whose argument the degrees then belong to
+# Degrees that are an argument, a power, a factor, or come before minutes, and are no unit of the value.
+_OTHER_DEGREES = re.compile(_ANGLE.pattern + r"|\^|cis|\\degree(?=[\w(\\'])|^\\degree$")
 # Words after a number that change what it says, instead of naming what is counted.
 _NOT_UNITS = {
     "or", "and", "not", "but", "nor", "is", "are", "to", "than", "more", "less", "least", "most", "about", "around",
@@ -33,7 +35,8 @@ _SAME_UNITS = {
     "kilometre": "km", "meter": "m", "metre": "m", "inche": "in", "inch": "in", "feet": "ft", "foot": "ft",
     "mile": "mi", "yard": "yd", "pound": "lb", "kilogram": "kg", "gram": "g", "gm": "g", "hour": "hr", "minute": "min",
     "second": "sec", "liter": "l", "litre": "l", "usd": "dollar", "percent": "%", "percentage": "%", "pct": "%",
-    "degree": "degree", "deg": "degree", "mph": "mi per hr", "€": "euro", "sq": "square", "cu": "cubic",
+    "degree": "degree", "deg": "degree", "mph": "mi per hr", "€": "euro", "sq": "square", "cu": "cubic", "hrs": "hr",
+    "lbs": "lb", "kgs": "kg", "cms": "cm", "yds": "yd",
 }  # fmt: skip
 
 
@@ -65,8 +68,19 @@ def split_unit(text: str) -> tuple[str, str]:
 
     The unit is empty where there is none, or where the words beside the number say more than what is counted.
     """
+    value, unit = _split_unit(text)
+    if r"\degree" in value and not _OTHER_DEGREES.search(value):  # 180\degree-60\degree, 90\degree-x
+        return value.replace(r"\degree", ""), unit or "degree"
+    return value, unit
+
+
+def _split_unit(text: str) -> tuple[str, str]:
     if match := _MONEY.fullmatch(text):
-        return match[1] + match[3].removesuffix(r"\$"), _SAME_UNITS.get(match[2], match[2]) if match[2] else "dollar"
+        value, unit = _split_unit(match[3])
+        if unit != "dollar" and not unit.startswith(("dollar per ", "per ")):  # \$18 per day, but \$18 million is more
+            value, unit = match[3], ""
+        currency = _SAME_UNITS.get(match[2], match[2]) if match[2] else "dollar"
+        return match[1] + value, f"{currency} {unit.removeprefix('dollar').strip()}".strip()
     match = _UNIT.fullmatch(text)
     if match is None or (match["unit"] == r"\degree" and _ANGLE.search(match["value"])):
         return text, ""
@@ -95,8 +109,9 @@ def _unit(words: list[str], power: str | None) -> str:
 
 
 def units_agree(one: str, other: str) -> bool:
-    """A unit may be left out. Two different ones are two different answers; nothing is converted."""
-    return not one or not other or one == other
+    """A unit may be left out, and so may `per day` after dollars. Two different ones are two different answers."""
+    shorter, longer = sorted((one, other))
+    return not shorter or one == other or (shorter == "dollar" and longer.startswith("dollar per "))
 
 
 def same_number(gold: str, answer: str) -> bool | None:

@@ -21,8 +21,9 @@ _OPENING = {"(": "(", "[": "[", "{": "{", r"\{": r"\{", r"\langle": "("}
 _CLOSING = {")": ")", "]": "]", "}": "}", r"\}": r"\}", r"\rangle": ")"}
 _THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?!\d|,\d)")
 _NAME = re.compile(
-    r"(?:m?\\(?:angle|triangle))?(?:(?![ei](?![A-Za-z_(']))[A-Za-z]|\\(?!pi(?![A-Za-z]))(?:[a-z]*alpha|beta|gamma|delta|theta"
-    r"|lambda|mu|rho|sigma|phi|omega|ell|Delta|vec\{[A-Za-z]\}|hat\{[A-Za-z]\}|overline\{[A-Za-z]+\}|text\{[A-Za-z ]+\}"
+    r"(?:m?\\(?:angle|triangle) ?)?"
+    r"(?:(?![ei](?![A-Za-z_(']))[A-Za-z]|\\(?!pi(?![A-Za-z]))(?:[a-z]*alpha|beta|gamma|delta|theta|lambda|mu|rho|sigma|phi"
+    r"|omega|ell|Delta|vec\{[A-Za-z]\}|hat\{[A-Za-z]\}|overline\{[A-Za-z]+\}|text\{[A-Za-z ]+\}"
     r")|[A-Z]{2,}|\|[A-Z]{2}\|)'*(?:_(?:\w|\{\w+\}))?(?:\^\{-1\})?(?:\([^()=<>]*\))?"
 )
 
