@@ -70,6 +70,21 @@ def test_a_checkpoint_that_is_being_written_anew_is_not_whole(checkpoints):
     assert latest_complete(checkpoints)[0] == checkpoints / "checkpoint-2"
 
 
+def test_what_a_killed_save_left_is_no_part_of_the_next_one(checkpoints):
+    checkpoint = checkpoints / "checkpoint-10"
+    (checkpoint / f"{MARKER}.part").write_text("half a mark")
+    mark_complete(checkpoint)
+    assert incomplete_reason(checkpoint) is None
+    assert not (checkpoint / f"{MARKER}.part").exists()
+
+
+def test_a_run_that_starts_beside_the_checkpoints_of_another_says_so(tmp_path, caplog):
+    for _ in range(2):
+        assert "of an earlier run" not in caplog.text
+        sampling_trainer(tmp_path, tiny_model(), num_steps=1).train()
+    assert f"{tmp_path / 'checkpoint-1'} is of an earlier run" in caplog.text
+
+
 def test_resuming_takes_the_latest_complete_checkpoint_and_says_what_it_passed_over(tmp_path, caplog):
     sampling_trainer(tmp_path, tiny_model()).train()
     (tmp_path / "checkpoint-8" / MARKER).unlink()

@@ -4,16 +4,19 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from trl import GRPOTrainer
 
 from hub_stand_in import Fault, HubStandIn, Repository
 from opo_trl.runs.checkpoints import MARKER, incomplete_reason, latest_complete
 from opo_trl.runs.hub import BackgroundPushes, PushError, describe_error
+from tiny import scripted_trainer
 
 TESTS = Path(__file__).parent
 CASES = (
@@ -282,6 +285,16 @@ def test_nothing_runs_where_nothing_was_pushed():
     pushes = BackgroundPushes()
     assert not pushes.running(seconds=10)
     assert "every file is in output_dir" in str(PushError(["model of step 2: no"]))
+
+
+def test_the_end_waits_for_a_push_by_hand(tmp_path, monkeypatch):
+    rejected = Future()
+    rejected.set_exception(OSError("403"))
+    monkeypatch.setattr(GRPOTrainer, "push_to_hub", lambda self, *args, **kwargs: rejected)
+    trainer = scripted_trainer(tmp_path)
+    assert trainer.push_to_hub(blocking=False) is rejected
+    with pytest.raises(PushError, match="OSError: 403"):
+        trainer.end()
 
 
 @pytest.mark.slow

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from opo_trl import OPOTrainer
+from test_resume import prompts_of_each_step, sampling_trainer
 from test_trainer import reinforce_update, scripted_groups
 from tiny import relative_error, scripted_trainer, tiny_model, update_of
 
@@ -88,6 +89,32 @@ def test_a_second_run_gives_the_engine_the_weights_that_it_starts_from(tmp_path)
     trainer.train()
     trainer.train()
     assert trainer.vllm_generation.syncs == 2
+
+
+def test_after_the_best_weights_are_loaded_the_engine_gets_them(tmp_path, monkeypatch):
+    """An evaluation at the last step has sent that step's weights, under the number that the best ones have now."""
+    trainer = scripted_trainer(tmp_path)
+    monkeypatch.setattr(Trainer, "_load_best_model", lambda self: None)
+    trainer.use_vllm, trainer._last_loaded_step = True, 0
+    trainer._load_best_model()
+    assert trainer._last_loaded_step != trainer.state.global_step
+
+
+def test_an_epoch_that_is_stopped_at_a_step_is_followed_by_another_order(tmp_path):
+    class StopEpoch(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_epoch_stop = True
+
+    trainer = sampling_trainer(
+        tmp_path, tiny_model(), num_steps=-1, num_train_epochs=4, save_strategy="no", callbacks=[StopEpoch()]
+    )
+    prompts = prompts_of_each_step(trainer)
+    trainer.train()
+    uninterrupted = sampling_trainer(tmp_path, tiny_model(), num_steps=12, save_strategy="no")
+    expected = prompts_of_each_step(uninterrupted)
+    uninterrupted.train()
+    assert prompts == expected[::3], "the first step of each epoch"
+    assert len(set(prompts)) > 1
 
 
 def test_a_reward_that_failed_leaves_no_half_a_table(tmp_path):

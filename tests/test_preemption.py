@@ -59,6 +59,28 @@ def test_a_run_that_is_asked_to_stop_saves_its_step_and_goes_on_to_the_same_bits
     assert all(torch.equal(value, expected[name]) for name, value in again.model.state_dict().items())
 
 
+def test_strategies_by_epoch_neither_evaluate_nor_save_again(tmp_path):
+    """transformers ends an epoch, with what these strategies ask for, wherever a callback stops training."""
+    saved = []
+
+    class Saved(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            saved.append(state.global_step)
+
+    strategies = {"eval_strategy": "epoch", "save_strategy": "epoch"}
+    trainer = sampling_trainer(
+        tmp_path,
+        tiny_model(),
+        callbacks=[AskedInTheMiddle(step=5), Saved()],
+        eval_dataset=Dataset.from_dict({"prompt": PROMPTS[:2]}),
+        **strategies,
+    )
+    with pytest.raises(SystemExit):
+        trainer.train()
+    evaluated = [entry["step"] for entry in trainer.state.log_history if "eval_reward" in entry]
+    assert (evaluated, saved) == ([3], [3, 5])
+
+
 def test_training_works_where_signals_cannot_be_heard(tmp_path):
     trainer = sampling_trainer(tmp_path, tiny_model(), num_steps=1)
     thread = threading.Thread(target=trainer.train)

@@ -5,11 +5,13 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
+from opo_trl.runs.evaluated_first import prepare_anew
 from opo_trl.runs.guarded_functions import RewardError
 from opo_trl.runs.preemption import EXIT_CODE
 from plain import plain_trainer
 from test_preemption import AskedInTheMiddle
 from test_resume import STEPS
+from tiny import scripted_dataset, scripted_trainer
 
 
 @pytest.fixture(scope="module")
@@ -86,3 +88,16 @@ def test_the_card_of_a_plain_run_has_its_configuration_and_no_method_of_ours(tmp
     assert "mean training reward, step 1" in text
     assert "OPO, On-Policy" not in text
     assert "weight in the baseline" not in text
+
+
+def test_training_after_an_evaluation_in_mixed_precision_has_trls_forward(tmp_path, monkeypatch):
+    """accelerate, asked to take its own casts away, would take TRL's fused LM head with them."""
+    trainer = scripted_trainer(tmp_path, bf16=True, eval_dataset=scripted_dataset(), per_device_eval_batch_size=12)
+    forward = trainer.model.forward
+    trainer.evaluate()
+    assert trainer.model.forward != forward
+    with monkeypatch.context() as patch:
+        patch.setattr(type(trainer.accelerator), "num_processes", 2)
+        prepare_anew(trainer)
+    assert trainer.model.forward == forward
+    trainer.train()

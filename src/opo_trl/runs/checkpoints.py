@@ -22,10 +22,11 @@ def mark_complete(checkpoint: Path) -> None:
             Directory in which all ranks have written all their files.
     """
     files = {str(path.relative_to(checkpoint)): path for path in sorted(checkpoint.rglob("*")) if path.is_file()}
-    files.pop(MARKER, None)
+    written = checkpoint / f"{MARKER}.part"
+    for own in (MARKER, written.name):  # a save that was killed may have left one of them
+        files.pop(own, None)
     for path in files.values():
         _flush(path)
-    written = checkpoint / f"{MARKER}.part"
     written.write_text(json.dumps({"files": {name: path.stat().st_size for name, path in files.items()}}, indent=1))
     _flush(written)
     written.replace(checkpoint / MARKER)  # atomic: a partial marker is never seen
@@ -74,6 +75,17 @@ def latest_complete(output_dir: Path) -> tuple[Path | None, dict[str, str]]:
             return checkpoint, skipped
         skipped[checkpoint.name] = reason
     return None, skipped
+
+
+def warn_of_earlier_run(output_dir: Path) -> None:
+    """Warn that a run which starts from scratch saves beside the checkpoints of another one."""
+    checkpoint, _ = latest_complete(output_dir)
+    if checkpoint is not None:
+        logger.warning(
+            "Training starts from scratch, and %s is of an earlier run. `resume_from_checkpoint='auto'` will take the "
+            "checkpoint of the highest step, of whichever run it is. Use another output_dir for each run.",
+            checkpoint,
+        )
 
 
 def checkpoint_to_resume(resume_from_checkpoint: str | Path | bool | None, output_dir: str | Path) -> Path | None:

@@ -15,6 +15,9 @@ class EpochOrder(Sampler[int]):
     `e` is drawn from `seed + e`; the first epoch's order is TRL's. No issue is known; delete this when TRL seeds its
     sampler in each epoch.
 
+    An epoch that a callback ends early counts as one, unless the run is resumed: transformers derives the epoch of a
+    checkpoint from its step.
+
     Args:
         sampler (`RepeatSampler`):
             TRL's sampler, with its `generator`, `seed` and `shuffle`.
@@ -26,10 +29,14 @@ class EpochOrder(Sampler[int]):
 
     def __init__(self, sampler: Any, steps_done: Callable[[], int], steps_per_epoch: int) -> None:
         self.sampler, self.steps_done, self.steps_per_epoch = sampler, steps_done, steps_per_epoch
+        self.epoch, self.begun_at = -1, -1  # number of the epoch, and the step at which it began
 
     def __iter__(self) -> Iterator[int]:
+        step = self.steps_done()
+        if step != self.begun_at:  # else the same epoch begins again
+            self.epoch, self.begun_at = max(self.epoch + 1, step // self.steps_per_epoch), step
         if self.sampler.shuffle:
-            self.sampler.generator.manual_seed(self.sampler.seed + self.steps_done() // self.steps_per_epoch)
+            self.sampler.generator.manual_seed(self.sampler.seed + self.epoch)
         return iter(self.sampler)
 
     def __len__(self) -> int:

@@ -30,6 +30,10 @@ def prepare_anew(trainer: Any) -> None:
     if any(isinstance(module, DistributedDataParallel) for module in trainer.model_wrapped.modules()):
         return  # prepared by an earlier call of train()
     trainer.accelerator.free_memory()
-    trainer.model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False, keep_torch_compile=False)
+    # With mixed precision accelerate would take away what TRL has put around the forward as well as its own.
+    forward = trainer.model.__dict__.pop("_original_forward", None)
+    trainer.model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    if forward is not None:
+        trainer.model.forward = forward
     trainer.model._is_accelerate_prepared = False
     trainer.model_wrapped = trainer.model

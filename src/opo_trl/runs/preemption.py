@@ -59,6 +59,14 @@ class Preemption(TrainerCallback):
             control.should_evaluate = False
         return control
 
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Undo what the strategy `"epoch"` asks for: transformers ends an epoch wherever training stops."""
+        if self.ends:
+            control.should_save = control.should_evaluate = False
+        return control
+
 
 # A fork inherits the handler. In the child nobody reads the stop request, so `Process.terminate()` would have no effect
 # and `Pool.__exit__` would wait forever. The handler is reset right after the fork, but a SIGTERM may come before that,

@@ -16,9 +16,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from transformers import TrainerState
 from transformers.integrations.integration_utils import WandbCallback
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy, rotate_checkpoints
 
-from .checkpoints import mark_complete, unmark
+from .checkpoints import mark_complete, unmark, warn_of_earlier_run
 from .empty_completions import EmptyCompletions
 from .epoch_end import EpochEnd
 from .epoch_order import EpochOrder
@@ -102,6 +102,7 @@ class ReliableRuns(GRPOTrainer):
         if args is not None:
             check_saving(args)
         self._hub_repository = None if args is None else claim_repository(args)
+        self._pushed_by_hand = False
         self._pushes = BackgroundPushes()
         self._unpushed: str | None = None  # the latest checkpoint, if it was saved while another one was uploading
         self.push_failures: list[str] = []
@@ -192,6 +193,8 @@ class ReliableRuns(GRPOTrainer):
             try:
                 found = resumable_checkpoint(self.args, resume_from_checkpoint)
                 checkpoint = None if found is None else str(found)
+                if found is None and self.args.save_strategy != SaveStrategy.NO:
+                    warn_of_earlier_run(Path(self.args.output_dir))
             except (ValueError, OSError) as error:
                 cause, refusal = error, str(error)
         checkpoint, refusal = broadcast_object_list([checkpoint, refusal])
@@ -282,6 +285,11 @@ class ReliableRuns(GRPOTrainer):
             # An upload is no training: the parent's speed metrics count from `start_time`.
             return super()._finalize_training(trial, num_train_samples, start_time + time.time() - waits_from)
 
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self.use_vllm:  # whose engine has the weights of the last step, under the same number
+            self._last_loaded_step = -1
+
     def end(self) -> None:
         """
         Finish the trackers and leave the process group, as [`~transformers.Trainer.end`] of newer releases does.
@@ -289,7 +297,7 @@ class ReliableRuns(GRPOTrainer):
         Raises:
             PushError: After everything is closed, on all ranks, if any push has failed.
         """
-        if self.args.push_to_hub:
+        if self.args.push_to_hub or self._pushed_by_hand:
             self._wait_for_pushes()
         self.accelerator.end_training()
         if self.push_failures:
@@ -449,6 +457,7 @@ class ReliableRuns(GRPOTrainer):
         Raises:
             PushError: After its own attempt, on all ranks, if that or any earlier push of this trainer has failed.
         """
+        self._pushed_by_hand = True
         self._wait_for_pushes()
         job, failure = None, None
         try:
