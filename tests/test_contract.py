@@ -275,6 +275,7 @@ def test_generation_by_a_server():
     assert vllm_generation.VLLMClient is VLLMClient
     assert parameters(VLLMGeneration.sync_weights) == ["self"]
     assert parameters(VLLMGeneration.generate)[:4] == ["self", "prompts", "images", "num_generations"]
+    assert parameters(VLLMGeneration._place_features) == ["self", "features", "prompt_ids"]
     assert "broadcast_object_list(obj_list, from_process=0)" in inspect.getsource(VLLMGeneration.generate)
     names = ["self", "base_url", "host", "server_port", "group_port", "connection_timeout"]
     assert parameters(VLLMClient.__init__) == names
@@ -339,6 +340,7 @@ TRAINERS = {
     "trainer.py",
     "on_policy/on_policy_checks.py",
     "report/logged_completions.py",
+    "rollouts/server_generation.py",  # of TRL's generation
     "rollouts/step_rollouts.py",
     "rollouts/streamed_steps.py",
     "update/planned_updates.py",
@@ -411,6 +413,8 @@ def test_pushes():
     assert parameters(GRPOTrainer.init_hf_repo)[:2] == ["self", "token"]
     assert parameters(GRPOTrainer.push_to_hub)[:3] == ["self", "commit_message", "blocking"]
     assert parameters(GRPOTrainer._finalize_training) == ["self", "trial", "num_train_samples", "start_time"]
+    assert parameters(GRPOTrainer._load_best_model) == ["self"]
+    assert "self._load_best_model()" in inspect.getsource(Trainer._finalize_training)
     assert parameters(Accelerator.end_training) == ["self"]
     assert parameters(GRPOTrainer.create_model_card) == ["self", "model_name", "dataset_name", "tags"]
     source = inspect.getsource(Trainer._push_from_checkpoint)

@@ -31,6 +31,12 @@ def test_the_likeliest_cause_follows_from_the_metrics(metrics, cause):
         raise AssertionError(likeliest_cause({**QUIET, **metrics}, ARGS))
 
 
+def test_completions_without_a_limit_that_never_end():
+    args = SimpleNamespace(**{**vars(ARGS), "max_completion_length": None})
+    cause = likeliest_cause({**QUIET, "completions/clipped_ratio": 1.0, "completions/max_length": 9.0}, args)
+    assert "at most 9 tokens long, although max_completion_length is None" in cause
+
+
 @pytest.mark.parametrize(("no_answer", "cause"), [(23.5, "every completion is wrong"), (24.0, "no completion states")])
 def test_completions_of_refill_rounds_count(no_answer, cause):
     """Three rounds of 4 groups with 4 completions each, on two ranks."""

@@ -2,9 +2,11 @@
 
 import math
 import re
+from contextlib import nullcontext
 from decimal import Decimal
 from fractions import Fraction
 from functools import partial, wraps
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from datasets import Dataset, IterableDataset
 from transformers import AutoTokenizer
 
 from opo_trl import OPOTrainer
+from opo_trl.on_policy.preflight import check_tools_with_vllm
 from opo_trl.on_policy.reward_parameters import _PASSED_BY_TRL, check_reward_parameters, column_parameters
 from opo_trl.on_policy.unknown_tokens import warn_of_unknown_tokens
 from opo_trl.rewards import boxed_format_reward, math_verify_reward
@@ -173,6 +176,22 @@ def test_rewards_that_can_be_called_are_accepted(accepted):
 def test_a_reward_that_cannot_be_called_is_refused(refused, message):
     with pytest.raises(ValueError, match=message):
         check_parameters(refused)
+
+
+@pytest.mark.parametrize(
+    ("settings", "refused"),
+    [
+        ({"vllm_mode": "server", "world_size": 2}, "got 2 processes that share one vLLM server"),
+        ({"vllm_mode": "colocate", "vllm_tensor_parallel_size": 4}, "got 4 processes that share one vLLM engine"),
+        ({"vllm_mode": "server", "world_size": 1}, None),
+        ({"vllm_mode": "colocate", "world_size": 2}, None),
+        ({"use_vllm": False, "world_size": 2}, None),
+    ],
+)
+def test_tools_need_an_engine_for_each_process(settings, refused):
+    args = SimpleNamespace(**{"use_vllm": True, "world_size": 1, "vllm_tensor_parallel_size": 1} | settings)
+    with nullcontext() if refused is None else pytest.raises(ValueError, match=refused):
+        check_tools_with_vllm(args)
 
 
 def test_the_columns_that_count_are_those_that_the_trainer_passes_on():

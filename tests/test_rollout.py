@@ -128,6 +128,21 @@ def test_a_step_with_a_baseline_for_each_token(tmp_path, batch_size, accumulatio
     assert shown[0] == pytest.approx(sum(advantage(0, 0, t) for t in range(len(first[1]))) / len(first[1]), rel=1e-4)
 
 
+def test_places_without_a_trained_token_are_not_informative():
+    """Groups of other lengths, and a tool's output: there, a mean over tokens of the same place is empty."""
+    trained = torch.tensor([[[1, 1, 0, 0], [1, 0, 0, 0]], [[1, 0, 1, 1], [1, 0, 1, 0]]]).float()
+    rewards = torch.tensor([[1.0, 1.0], [1.0, 0.0]])
+
+    def mean_of_place(rewards, weights):
+        return (weights * rewards.unsqueeze(2)).sum(dim=1, keepdim=True) / weights.sum(dim=1, keepdim=True).clamp(min=1)
+
+    rollout = estimate_advantages(rewards, trained.sum(dim=2), trained, mean_of_place)
+    assert rollout.informative.tolist() == [[False, False], [True, True]]
+    assert rollout.advantages[1].tolist() == [[0.5, 0, 0.5, 0], [-0.5, 0, -0.5, 0]]
+    assert rollout.completion_advantages.tolist() == [[0, 0], [pytest.approx(1 / 3), -0.5]]
+    assert rollout.completion_baselines.tolist() == [[1, 1], [pytest.approx(2 / 3), 0.5]]
+
+
 def test_tokens_of_uncertainty_sum_to_the_completions_weight(tmp_path):
     seen = {}
 

@@ -10,10 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from peft import LoraConfig
 
 from opo_trl.rollouts import server_client, watched_session, weight_file_client
-from opo_trl.rollouts.server_generation import ServerError
+from opo_trl.rollouts.server_client import ServerClient
+from opo_trl.rollouts.server_generation import ServerError, ServerGeneration
 from opo_trl.runs.checkpoints import latest_complete
 from pages import page
 from policy_engine import PolicyEngine
@@ -185,6 +187,20 @@ def test_a_full_disk_is_an_error_before_anything_is_sampled(tmp_path, server, mo
     assert server.served == []
     for name, parameter in trainer.model.named_parameters():
         torch.testing.assert_close(parameter, before[name], rtol=0, atol=1e-6, msg=name)
+
+
+def test_images_without_a_place_in_the_prompt_are_an_error_of_all_ranks():
+    """TRL finds it out on the main process alone, where the others wait for the completions."""
+    generation, client = object.__new__(ServerGeneration), object.__new__(ServerClient)
+    client._failure, client.base_url = None, "http://server"
+    generation.vllm_client, generation.accelerator = client, Accelerator(cpu=True)
+    generation.processing_class = SimpleNamespace(image_token_id=7)
+    two_images = {"mm_placeholders": {"image": [{}, {}]}}
+    assert generation._place_features(two_images, [7, 7, 3]) is None
+    with pytest.raises(ValueError, match="http://server failed while placing image features: Found 1 runs of image"):
+        generation._raise_on_all_ranks()
+    placed = generation._place_features(two_images, [7, 3, 7, 7])["mm_placeholders"]["image"]
+    assert placed == [{"offset": 0, "length": 1}, {"offset": 2, "length": 2}]
 
 
 def test_a_refused_generation_is_raised_with_the_servers_reason(tmp_path, server):

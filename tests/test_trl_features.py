@@ -17,6 +17,7 @@ from tiny import (
     SCRIPT,
     VOCABULARY,
     relative_error,
+    scripted_dataset,
     scripted_reward,
     scripted_trainer,
     tiny_config,
@@ -143,6 +144,28 @@ def test_continuous_batching_samples_and_trains(tmp_path):
     update = update_of(trainer)
     assert any(value.abs().max() > 0 for value in update.values())
     assert abs(trainer.state.log_history[0]["loss"]) < 1e-6
+
+
+def test_an_evaluation_with_continuous_batching_is_one(tmp_path):
+    trainer = scripted_trainer(
+        tmp_path,
+        rollout=None,
+        reward_funcs=letters_reward,
+        use_transformers_continuous_batching=True,
+        transformers_continuous_batching_config={"max_memory_percent": 0.05},
+        max_completion_length=8,
+        eval_dataset=scripted_dataset(),
+        per_device_train_batch_size=4,
+        per_device_eval_batch_size=4,
+        gradient_accumulation_steps=2,
+        eval_strategy="steps",
+        eval_steps=1,
+        max_steps=2,
+    )
+    trainer.train()
+    evaluated = [entry for entry in trainer.state.log_history if "eval_reward" in entry]
+    assert [entry["step"] for entry in evaluated] == [1, 2]
+    assert all("eval_opo/informative_fraction" in entry for entry in evaluated)
 
 
 def test_prefix_tuning_moves_the_prefix_alone(tmp_path):

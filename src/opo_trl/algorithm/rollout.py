@@ -42,18 +42,18 @@ class Rollout:
     @property
     def completion_advantages(self) -> torch.Tensor:  # (P, K)
         """Advantage of each completion: the mean over its trainable tokens where these have their own."""
-        if self.advantages.ndim == 2:
-            return self.advantages
-        tokens = torch.arange(self.advantages.size(2), device=self.lengths.device) < self.lengths.unsqueeze(2)
-        return (self.advantages * tokens).sum(dim=2) / self.lengths.clamp(min=1)
+        return self.advantages if self.advantages.ndim == 2 else self._mean_over_tokens(self.advantages)
 
     @property
     def completion_baselines(self) -> torch.Tensor:  # (P, K)
         """Baseline of each completion: the mean over its trainable tokens where these have their own."""
         if self.baseline.ndim == 2:
             return self.baseline.expand_as(self.rewards)
-        tokens = torch.arange(self.baseline.size(2), device=self.lengths.device) < self.lengths.unsqueeze(2)
-        return (self.baseline * tokens).sum(dim=2) / self.lengths.clamp(min=1)
+        return self._mean_over_tokens(self.baseline)
+
+    def _mean_over_tokens(self, values: torch.Tensor) -> torch.Tensor:  # (P, 1, T) or (P, K, T) -> (P, K)
+        trained = self.weights > 0  # (P, K, T)
+        return (values * trained).sum(dim=2) / trained.sum(dim=2).clamp(min=1)
 
     def advantages_of(self, rows: slice, width: int) -> torch.Tensor:  # (N,) or (N, width)
         """Advantages of some of the P * K completions, at most `width` tokens of each where tokens have their own."""
@@ -145,6 +145,8 @@ def estimate_advantages(
     advantages = torch.where(scored, known - subtracted, 0.0)
     rounding = 8 * torch.finfo(advantages.dtype).eps * known.abs()
     advantages = torch.where(equal & (advantages.abs() <= rounding), 0.0, advantages)
+    if advantages.ndim == 3:  # where no token is trained, a baseline says nothing
+        advantages = torch.where(used > 0, advantages, 0.0)
     return Rollout(rewards, lengths, used, subtracted, advantages)
 
 

@@ -99,8 +99,12 @@ class OnPolicyChecks(GRPOTrainer):
         super()._end_epoch(stops)
 
     def _generate_single_turn(self, prompt_ids: Any, images: Any, *args: Any, **kwargs: Any) -> Any:
+        training = self.model.training
         completion_ids, logprobs = super()._generate_single_turn(prompt_ids, images, *args, **kwargs)
-        if self.model.training:
+        # With continuous batching, TRL 1.16 leaves the model in training mode, also in an evaluation. No issue is
+        # known; delete this when it restores the mode.
+        self.model.train(training)
+        if training:
             self._self_test.check(self.model, prompt_ids, images, completion_ids, logprobs)
         return completion_ids, logprobs
 

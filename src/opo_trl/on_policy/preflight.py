@@ -52,6 +52,8 @@ def check_arguments(
     check_reward_parameters(reward_funcs, train_dataset, eval_dataset, args, given)
     pass_at_k_reward(args.pass_at_k_reward, reward_funcs)
     check_continuous_batching(args, model)
+    if given.get("tools") or from_environment:
+        check_tools_with_vllm(args)
     check_model_directory(model)
     processing_class = load_processor(model, args) if processing_class is None else processing_class
     check_tokenizer(train_dataset, processing_class)
@@ -249,6 +251,32 @@ def check_rollout_correction(args: Any, rollout_func: Any) -> None:
             "`rollout_importance_sampling_correction=True` corrects with the log-probabilities that a `rollout_func` "
             "returns, got no `rollout_func`. Pass one, or leave the field out: vLLM's own sampling is corrected under "
             "`vllm_importance_sampling_correction`."
+        )
+
+
+def check_tools_with_vllm(args: Any) -> None:
+    """
+    Refuse tools where several ranks share an engine: completions would be mixed up.
+
+    After a tool's turn, each rank has another number of completions to continue, and TRL 1.16 takes each rank's share
+    as if the numbers were equal. A rank that is done also leaves the others waiting (trl#6673).
+
+    Args:
+        args ([`OPOConfig`]):
+            The run's configuration.
+
+    Raises:
+        ValueError: If several ranks use one vLLM server, or one engine under tensor parallelism.
+    """
+    if not args.use_vllm:
+        return
+    ranks = args.world_size if args.vllm_mode == "server" else args.vllm_tensor_parallel_size
+    if ranks > 1:
+        shared = "server" if args.vllm_mode == "server" else "engine under `vllm_tensor_parallel_size`"
+        raise ValueError(
+            f"Tools and environments need an engine for each process, got {ranks} processes that share one vLLM "
+            f"{shared}: TRL would give them each other's completions after a tool's turn (trl#6673). Use "
+            "`vllm_mode='colocate'` with `vllm_tensor_parallel_size=1`, or train in one process."
         )
 
 

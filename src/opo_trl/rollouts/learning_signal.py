@@ -94,16 +94,16 @@ def likeliest_cause(logs: Mapping[str, Any], args: Any) -> str:
             "columns that they need, and that solutions can be parsed."
         )
     if value("completions/clipped_ratio") == 1:
-        longest = value("completions/max_length")
-        if 0 < longest <= BELOW_LIMIT * args.max_completion_length and "tools/call_frequency" not in logs:
+        longest, limit = value("completions/max_length"), args.max_completion_length
+        if limit is None or (0 < longest <= BELOW_LIMIT * limit and "tools/call_frequency" not in logs):
             return (
                 f"every completion stops without an end-of-sequence token, at most {longest:.0f} tokens long, although "
-                f"max_completion_length is {args.max_completion_length}. Look for a generation setting, a stop string, "
-                "or a rollout_func that leaves the end-of-sequence token out."
+                f"max_completion_length is {limit}. Look for a generation setting, a stop string, or a rollout_func "
+                "that leaves the end-of-sequence token out."
             )
         return (
-            f"every completion is truncated at max_completion_length={args.max_completion_length}, before its answer. "
-            "Raise max_completion_length."
+            f"every completion is truncated at max_completion_length={limit}, before its answer. Raise "
+            "max_completion_length."
         )
     if without_answer and min(without_answer) >= rows * (1 - 1e-6):  # both are means over steps, rounded
         return (

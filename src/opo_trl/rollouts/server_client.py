@@ -50,14 +50,15 @@ class ServerClient(VLLMClient):
             super(ServerClient, self).__init__(*args, connection_timeout=connection_timeout, **kwargs)
             self.session = WatchedSession(self.base_url, max(connection_timeout, LEAST_PATIENCE))
 
-        self._attempt("connecting", connect, None)
+        self.attempt("connecting", connect, None)
 
     def take_failure(self) -> tuple[str, Exception] | None:
         """Return what failed, and how, since the last call; the client is usable again."""
         failure, self._failure = self._failure, None
         return failure
 
-    def _attempt(self, what: str, call: Callable[[], T], placeholder: T) -> T:
+    def attempt(self, what: str, call: Callable[[], T], placeholder: T) -> T:
+        """Call unless something has failed; return the placeholder if it fails, which [`take_failure`] tells of."""
         if self._failure is None:
             try:
                 return call()
@@ -87,7 +88,7 @@ class ServerClient(VLLMClient):
 
     def init_communicator(self, device: torch.device | str | int = 0) -> None:
         """Prepare the transfer of weights."""
-        self._attempt("preparing the transfer of weights", lambda: self._prepare_transfer(device), None)
+        self.attempt("preparing the transfer of weights", lambda: self._prepare_transfer(device), None)
 
     def _prepare_transfer(self, device: torch.device | str | int) -> None:
         super().init_communicator(device)
@@ -96,7 +97,7 @@ class ServerClient(VLLMClient):
         self, metadata: list[tuple[str, str, list[int]]], named_params: Iterator[tuple[str, torch.Tensor]]
     ) -> None:
         """Send weights to the server; whatever happens, the iterator runs to its end."""
-        self._attempt("taking new weights", lambda: self._send_weights(metadata, named_params), None)
+        self.attempt("taking new weights", lambda: self._send_weights(metadata, named_params), None)
         # Gathering a parameter is a collective, and an adapter is merged into the model until the end.
         for _ in named_params:
             pass
@@ -108,12 +109,12 @@ class ServerClient(VLLMClient):
 
     def reset_prefix_cache(self) -> None:
         """Reset the prefix cache, which was computed with earlier weights."""
-        self._attempt("resetting its prefix cache", super().reset_prefix_cache, None)
+        self.attempt("resetting its prefix cache", super().reset_prefix_cache, None)
 
     def image_features(self, images: list[Any], *args: Any, **kwargs: Any) -> list[Any]:
         """Let the server process images."""
         prepare = super().image_features
-        return self._attempt("processing images", lambda: prepare(images, *args, **kwargs), [None] * len(images))
+        return self.attempt("processing images", lambda: prepare(images, *args, **kwargs), [None] * len(images))
 
     def generate(self, prompts: list[Any], *args: Any, n: int = 1, **kwargs: Any) -> dict[str, Any]:
         """
@@ -140,7 +141,7 @@ class ServerClient(VLLMClient):
 
         rows = n * len(prompts)
         nothing = {"completion_ids": [[0]] * rows, "logprobs": [[[0.0]]] * rows, "logprob_token_ids": [[[0]]] * rows}
-        return self._attempt("generating", call if self._waits else submit, {"prompt_ids": prompts, **nothing})
+        return self.attempt("generating", call if self._waits else submit, {"prompt_ids": prompts, **nothing})
 
     # ---- A streamed step
 
@@ -194,7 +195,7 @@ class ServerClient(VLLMClient):
         Returns:
             `list[Group]`: Empty after a failure.
         """
-        return self._attempt("generating", lambda: self._take_groups(wave_size), [])
+        return self.attempt("generating", lambda: self._take_groups(wave_size), [])
 
     def _take_groups(self, wave_size: Callable[[int, int], int]) -> list[Group]:
         assert self._stream is not None

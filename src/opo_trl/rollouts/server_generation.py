@@ -60,6 +60,11 @@ class ServerGeneration(VLLMGeneration):
         self._raise_on_all_ranks(RESUME)
         return output
 
+    def _place_features(self, features: dict[str, Any] | None, prompt_ids: list[int]) -> dict[str, Any] | None:
+        """Place image features in a prompt, on the main process alone: what fails there is raised on all ranks."""
+        place = super()._place_features
+        return self.vllm_client.attempt("placing image features", lambda: place(features, prompt_ids), None)
+
     # ---- A streamed step
 
     def submit(self, prompts: list[list[int]], num_generations: int) -> None:

@@ -87,7 +87,7 @@ class WeightFileClient(ServerClient):
         vLLM refuses while requests run, such as those of a trainer that was killed, and TRL does not look at the
         answer (1.16; no issue is known): delete this when it does.
         """
-        self._attempt("resetting its prefix cache", self._reset_prefix_cache, None)
+        self.attempt("resetting its prefix cache", self._reset_prefix_cache, None)
 
     def _reset_prefix_cache(self) -> None:
         deadline = time.monotonic() + CACHE_TIMEOUT
