@@ -133,6 +133,13 @@ def test_majority_against_hand_computed_votes():
     assert majority_at_k(["5", "5", "4"], [False, False, True], 3) == 0.0
 
 
+def test_an_empty_box_has_no_vote():
+    answers = [("", 0.0), ("", 0.0), ("5", 1.0), ("7", 0.0)]
+    records = [record("p", sample, reward, answer=answer) for sample, (answer, reward) in enumerate(answers)]
+    metrics = problem_metrics(records)
+    assert (metrics["maj@4"]["p"], metrics["no-answer"]["p"]) == (0.5, 0.5)
+
+
 def test_majority_over_a_sample_of_subsets_is_near_the_exact_one():
     """C(24, 3) = 2,024 subsets are enumerated; of C(24, 12) a part is drawn."""
     answers = ["right"] * 13 + ["wrong"] * 11

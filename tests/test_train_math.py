@@ -115,7 +115,8 @@ def test_training_problems_are_filtered(tmp_path, chat_model_dir, gsm8k, capsys)
     """12 problems: 3 overlap with the evaluation set; of the others 2 always pass and 1 was not measured."""
     rows = [json.loads(line) for line in Path(gsm8k).read_text().splitlines()]
     evaluation_set, records = tmp_path / "test.jsonl", tmp_path / "records.jsonl"
-    evaluation_set.write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))
+    without_answers = [row | {"answer": ""} for row in rows[:3]]
+    evaluation_set.write_text("".join(json.dumps(row) + "\n" for row in without_answers))
     records.write_text(
         "".join(
             json.dumps({"problem": str(n), "sample": sample, "reward": float(n in (5, 6) or sample == 0)}) + "\n"
@@ -127,6 +128,18 @@ def test_training_problems_are_filtered(tmp_path, chat_model_dir, gsm8k, capsys)
         "--deduplicate_against", evaluation_set, "--overlap_ngram_size", 4, "--pass_rates", records,
         "--max_steps", 1)  # fmt: skip
     assert "6 problems to train on" in capsys.readouterr().out
+
+
+def test_a_report_names_the_files_that_it_has_written(tmp_path, monkeypatch, capsys):
+    found = {"pass@1": 0.5, "interval": (0.25, 0.75), "mean_length": 3.0}
+    state = SimpleNamespace(global_step=1, log_history=[])
+    trainer = SimpleNamespace(args=SimpleNamespace(output_dir=str(tmp_path), seed=0), state=state)
+    (tmp_path / "curves.png").write_text("of an earlier run")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+    train_math.make_report(lambda path: found, found, trainer, start=0.0)
+    printed = capsys.readouterr().out
+    assert "curves.png not drawn: matplotlib is not installed" in printed
+    assert printed.endswith(f"written to {tmp_path}: summary.json\n")
 
 
 def load_datasets(**arguments):

@@ -205,7 +205,8 @@ def _metrics_of(group: list[Record]) -> dict[str, float]:
     tokens = sum(map(len, responses))
     metrics = {f"pass@{k}": pass_at_k(n, sum(correct), k) for k in powers_of_two(n)}
     if n > 1:
-        metrics[f"maj@{n}"] = majority_at_k([record["answer"] for record in group], correct, n)
+        answers = [record["answer"] if has_answer(record) else None for record in group]  # an empty box has no vote
+        metrics[f"maj@{n}"] = majority_at_k(answers, correct, n)
     metrics["length"] = tokens / n
     metrics["truncated"] = sum(record["truncated"] for record in group) / n
     metrics["no-answer"] = sum(not has_answer(record) for record in group) / n

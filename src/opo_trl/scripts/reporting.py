@@ -91,6 +91,7 @@ def measure(
     max_new_tokens: int,
     temperature: float,
     seed: int,
+    device: torch.device | str = "cpu",
     revision: str = "main",
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
@@ -104,10 +105,8 @@ def measure(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model: Any = AutoModelForCausalLM.from_pretrained(model_path, dtype="auto", **source)
-    if torch.cuda.is_available():
-        model = model.to("cuda")
     sampled = sample_completions(
-        model,
+        model.to(device),
         tokenizer,
         list(problems["prompt"]),
         num_samples=num_samples,
@@ -152,7 +151,9 @@ def write_summary(
     }
     path = Path(output_dir)
     (path / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    plot_curves(path / "curves.png", history, before, after)
+    curves = path / "curves.png"
+    curves.unlink(missing_ok=True)  # of an earlier run, if matplotlib is missing now
+    plot_curves(curves, history, before, after)
     return summary
 
 

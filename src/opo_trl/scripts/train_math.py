@@ -127,7 +127,9 @@ def load_datasets(
             held_out = held_out.select(range(min(eval_size, len(held_out))))
     for other in script_args.deduplicate_against or []:
         source, split, config = parse_dataset(other)
-        evaluation_set = load_problems(source, split, config=config, instruction=script_args.instruction)
+        evaluation_set = load_problems(
+            source, split, config=config, instruction=script_args.instruction, require_solution=False
+        )
         train = drop_overlapping(
             train, evaluation_set, ngram_size=script_args.overlap_ngram_size, instruction=script_args.instruction
         )
@@ -236,7 +238,8 @@ def make_report(
         **facts,
     )
     print(f"pass@1 after:  {describe(after)}", flush=True)
-    print(f"summary.json and curves.png are in {output_dir}", flush=True)
+    written = " and ".join(name for name in ("summary.json", "curves.png") if Path(output_dir, name).exists())
+    print(f"written to {output_dir}: {written}", flush=True)
     return summary
 
 
@@ -282,6 +285,7 @@ def main(arguments: list[str] | None = None, setup: SetupPhase | None = None) ->
         max_new_tokens=training_args.max_completion_length,
         temperature=training_args.temperature,
         seed=training_args.seed,
+        device=training_args.device,
         revision=model_args.model_revision,
         trust_remote_code=training_args.trust_remote_code,
     )
