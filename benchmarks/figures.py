@@ -58,7 +58,8 @@ def main() -> None:
     def result(name: str) -> Any:
         return json.loads((RESULTS / f"{name}.json").read_text())
 
-    opo_report.plot(result("opo_vs_grpo")["variants"], RESULTS / "opo_vs_grpo.png")
+    for name in ("opo_vs_grpo", "opo_vs_grpo-long_chains"):
+        opo_report.plot(result(name)["variants"], RESULTS / f"{name}.png")
     of_tiny = result("gradient_variance")["policies"]
     variance_report.plot(of_tiny, RESULTS / "gradient_variance.png")
     on_long_chains = result("gradient_variance-long_chains")["policies"]

@@ -45,12 +45,13 @@ def page_tables(report: dict[str, Any]) -> dict[str, str]:
         scores = [", ".join(f"{100 * score:.1f}" for score in found["sweep"].get(f"{rate:g}", [])) for rate in rates]
         chosen = rates.index(found["learning_rate"])
         sweep.append([TITLES[variant], *(f"**{each}**" if i == chosen else each for i, each in enumerate(scores))])
-    alone = [
-        [rate, TITLES[variant], *(_cell(name, found, part) for name in ("pass@1", "pass@8") for part in PARTS),
-         *(_cell(name, found, "over_seeds") for name in ("entropy", "kl_plain"))]
-        for rate, of_rate in report["baselines_at_equal_rates"].items()
-        for variant, found in of_rate.items()
-    ]  # fmt: skip
+    tables = {part: _results(variants, part) for part in PARTS}
+    if report["baselines_at_equal_rates"]:
+        tables["alone"] = _alone(report["baselines_at_equal_rates"])
+    return {**tables, "sweep": markdown_table(["variant", *(f"{rate:g}" for rate in rates)], sweep)}
+
+
+def _alone(baselines: dict[str, Any]) -> str:
     heads = [
         "rate",
         "baseline",
@@ -61,11 +62,13 @@ def page_tables(report: dict[str, Any]) -> dict[str, str]:
         "entropy",
         "KL",
     ]
-    return {
-        **{part: _results(variants, part) for part in PARTS},
-        "alone": markdown_table(heads, alone),
-        "sweep": markdown_table(["variant", *(f"{rate:g}" for rate in rates)], sweep),
-    }
+    rows = [
+        [rate, TITLES[variant], *(_cell(name, found, part) for name in ("pass@1", "pass@8") for part in PARTS),
+         *(_cell(name, found, "over_seeds") for name in ("entropy", "kl_plain"))]
+        for rate, of_rate in baselines.items()
+        for variant, found in of_rate.items()
+    ]  # fmt: skip
+    return markdown_table(heads, rows)
 
 
 def _results(variants: dict[str, Any], part: str) -> str:

@@ -391,6 +391,12 @@ def summarize_baselines(jobs: dict[str, list[Job]], results: dict[Job, dict[str,
     return found
 
 
+def cpu_hours(directory: Path) -> float:
+    """CPU time of all runs in a directory, those of the sweep included and those that broke down left out, in hours."""
+    runs = (json.loads(path.read_text()) for path in directory.glob("*.json"))
+    return round(sum(run_.get("cpu_seconds", 0.0) for run_ in runs) / 3600, 1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=EXPERIMENTS, default="arithmetic")
@@ -417,6 +423,7 @@ def main() -> None:
     report = {
         **provenance(),
         "commit": ", ".join(sorted({result["commit"] for result in results.values()})),  # of the runs
+        "cpu_hours": cpu_hours(directory),
         "rule": "highest mean validation pass@1 over the sweep's seeds; the lower rate on a tie",
         "settings": {
             "task": args.task,
