@@ -16,8 +16,9 @@ class LeaveOneOutTrainer(OPOTrainer):
     def baseline(self, rewards, weights):  # (P, K), (P, K) -> (P, K)
         """A completion that is left out has reward 0 and weight 0, so sums need no mask."""
         scored = (weights > 0).float()
-        others = (scored.sum(dim=1, keepdim=True) - 1).clamp(min=1)
-        return scored * (rewards.sum(dim=1, keepdim=True) - rewards) / others
+        others = scored.sum(dim=1, keepdim=True) - 1
+        mean = (rewards.sum(dim=1, keepdim=True) - rewards) / others.clamp(min=1)
+        return mean.where(others > 0, rewards)  # alone, a completion is compared with itself
 
 
 def different_characters(completions, **kwargs):

@@ -259,6 +259,8 @@ def test_every_off_policy_setting_is_named_at_once():
 
 def test_held_out_problems_that_nothing_measures_are_refused(gsm8k, chat_model_dir):
     named = ["--model_name_or_path", str(chat_model_dir), "--dataset_name", str(gsm8k), "--num_eval_problems", "4"]
+    with pytest.raises(ValueError, match="--dataset_streaming must be left out"):
+        train_math.parse([*named, "--dataset_streaming"])
     with pytest.raises(ValueError, match="--num_eval_problems 4 needs --eval_strategy steps or --report"):
         train_math.parse(named)
     for measured in (["--report"], ["--eval_strategy", "steps", "--eval_steps", "1"]):

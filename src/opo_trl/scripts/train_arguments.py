@@ -133,6 +133,20 @@ def check_names(dataset: str | None, model: str | None) -> None:
         )
 
 
+def check_not_streamed(script_args: MathScriptArguments) -> None:
+    """
+    Refuse an argument of TRL's scripts that this one would ignore.
+
+    Raises:
+        ValueError: If `dataset_streaming` is set.
+    """
+    if script_args.dataset_streaming:
+        raise ValueError(
+            "--dataset_streaming must be left out: this script counts, checks and holds out problems, so it loads all "
+            "of them. In Python, OPOTrainer takes a streamed dataset."
+        )
+
+
 def measures_held_out(script_args: MathScriptArguments, args: Any) -> bool:
     """Whether a run with these arguments of the script and of the trainer needs held-out problems."""
     return args.eval_strategy != "no" or script_args.report

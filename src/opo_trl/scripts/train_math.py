@@ -73,6 +73,7 @@ from .train_arguments import (
     MathScriptArguments,
     check_held_out,
     check_names,
+    check_not_streamed,
     make_parser,
     measures_held_out,
 )
@@ -249,6 +250,7 @@ def parse(arguments: list[str]) -> tuple[MathScriptArguments, OPOConfig, ModelCo
     script_args, training_args, model_args = parser.parse_args_and_config(
         or_quickstart(arguments, ABOUT_NAMES, QUICKSTART)
     )
+    check_not_streamed(script_args)
     check_held_out(script_args, training_args, parser.on_command_line)
     notes = [describe_choice(parser.chosen), check_saving(training_args, parser.on_command_line)]
     if arguments and is_quickstart(arguments, ABOUT_NAMES):
