@@ -229,6 +229,14 @@ def test_dr_grpo_needs_its_constant():
     config(loss_type="dapo", max_completion_length=None)
 
 
+def test_a_server_needs_a_limit():
+    with pytest.raises(
+        ValueError, match="`max_completion_length` must be a number with `vllm_mode='server'`, got None"
+    ):
+        config(use_vllm=True, vllm_mode="server", max_completion_length=None)
+    config(use_vllm=True, vllm_mode="colocate", max_completion_length=None)
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [("num_iterations", 4), ("epsilon", 0.2), ("steps_per_generation", 2), ("gradient_accumulation_steps", 2)],

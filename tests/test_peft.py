@@ -1,10 +1,15 @@
 """Adapters: moved by the same gradient, saved, loaded back, carried on with, merged."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from trl.generation.vllm_generation import VLLMGeneration
 
+from opo_trl.runs.base_weights import keep_base_weights
 from test_trainer import WHOLE_SCRIPT, reinforce_update, scripted_groups
 from tiny import relative_error, scripted_trainer, tiny_model, tiny_tokenizer, update_of
 
@@ -29,6 +34,40 @@ def logits_of(model):
     model.eval()
     with torch.no_grad():
         return model(torch.tensor([tiny_tokenizer()("fifteen twenty two")["input_ids"]])).logits
+
+
+def transfer_to_nothing(model, fails=False):
+    """TRL's walk through the weights that vLLM would get, with the adapter merged."""
+    generation = object.__new__(VLLMGeneration)
+    generation.model = model
+    generation._dist = SimpleNamespace(gather_params=lambda parameters: nullcontext(), is_fsdp=False)
+    walk = generation._iter_named_params()
+    if fails:
+        next(walk)
+        raise KeyboardInterrupt
+    return {name: weight.clone() for name, weight in walk}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_a_transfer_to_vllm_leaves_the_base_and_the_policy_as_they_were(kind):
+    """In bfloat16, adding an adapter and subtracting it again leads elsewhere."""
+    model = peft_model(ADAPTERS[kind]).to(torch.bfloat16)
+    before, logits = base_weights(model), logits_of(model)
+    sent = []
+    transfer = keep_base_weights(model, lambda: sent.append(transfer_to_nothing(model)))
+    for _ in range(3):
+        transfer()
+    assert all(torch.equal(weight, before[name]) for name, weight in base_weights(model).items())
+    assert torch.equal(logits_of(model), logits)
+    assert all(torch.equal(weight, sent[0][name]) for name, weight in sent[2].items())
+    assert any(not torch.equal(weight, before[name]) for name, weight in sent[0].items()), "merged"
+    interrupted = keep_base_weights(model, lambda: transfer_to_nothing(model, fails=True))
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert torch.equal(logits_of(model), logits)
+    for _ in range(3):
+        transfer_to_nothing(model)
+    assert any(not torch.equal(weight, before[name]) for name, weight in base_weights(model).items()), "TRL's own"
 
 
 def base_weights(model):

@@ -1,10 +1,13 @@
 """A plain GRPOTrainer with `ReliableRuns` resumes, survives and raises. It pushes: test_hub.py."""
 
+from types import SimpleNamespace
+
 import pandas
 import pytest
 import torch
 from huggingface_hub import ModelCard
 
+from opo_trl.runs.aborted_requests import abort_on_error
 from opo_trl.runs.evaluated_first import prepare_anew
 from opo_trl.runs.guarded_functions import RewardError
 from opo_trl.runs.preemption import EXIT_CODE
@@ -101,3 +104,20 @@ def test_training_after_an_evaluation_in_mixed_precision_has_trls_forward(tmp_pa
         prepare_anew(trainer)
     assert trainer.model.forward == forward
     trainer.train()
+
+
+def test_an_engine_forgets_the_requests_of_an_interrupted_generation():
+    aborted = []
+    engine = SimpleNamespace(
+        output_processor=SimpleNamespace(request_states={"3-a": None, "4-b": None}),
+        abort_request=lambda ids, internal: aborted.append((ids, internal)),
+    )
+
+    def interrupted(prompts):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        abort_on_error(engine, interrupted)(["1+1"])
+    assert aborted == [(["3-a", "4-b"], True)]
+    assert abort_on_error(engine, len)(["1+1"]) == 1
+    assert len(aborted) == 1

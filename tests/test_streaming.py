@@ -237,7 +237,6 @@ def test_a_frozen_server_ends_the_run(tmp_path, server, monkeypatch):
         ({"vllm_mode": "colocate"}, "got `use_vllm=True` and `vllm_mode='colocate'`"),
         ({"gradient_accumulation_steps": 1}, "`gradient_accumulation_steps` must be at least 2, got 1"),
         ({"torch_compile": True}, "`stream_rollouts` must be False with it, got True"),
-        ({"max_completion_length": None}, "`max_completion_length` until all lengths are known, got None"),
     ],
 )
 def test_settings_without_a_step_to_stream_are_refused(tmp_path, settings, message):

@@ -147,6 +147,26 @@ def test_the_policy_improves(run):
     assert run.after > run.before + 0.1
 
 
+def test_an_interrupted_generation_leaves_nothing_to_the_next(run, monkeypatch):
+    """vLLM's engine goes on with what it was asked for before, unless it is aborted."""
+    generation, engine = run.trainer.vllm_generation, run.trainer.vllm_generation.llm.llm_engine
+    step, steps = engine.step, iter(range(3))
+
+    def interrupted():
+        if next(steps, None) is None:
+            raise KeyboardInterrupt
+        return step()
+
+    run.trainer.model.eval()
+    prompts = [run.trainer.processing_class("12+3=?")["input_ids"]] * 8
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            generation.generate(prompts, None, 1)
+    assert not engine.has_unfinished_requests()
+    assert len(generation.generate(prompts[:2], None, 1)[1]) == 2
+
+
 def test_an_engine_left_behind_shows_in_the_mismatch(tmp_path, caplog):
     """An engine that never gets a new weight: before the first step it is the policy, and later it is warned about."""
     trainer = vllm_trainer(tmp_path, **{**LORA, "max_steps": 30})

@@ -144,6 +144,22 @@ def test_a_file_that_lacks_a_parameter_of_the_served_model_is_refused(tmp_path):
     assert worker.opo_load_weights(str(path), "run-1") == {"version": "run-1"}
 
 
+def test_a_worker_whose_load_failed_in_its_middle_loads_nothing_more(tmp_path):
+    """vLLM keeps the tensors of a layer that is not complete, and would put the next file's into the same layer."""
+    model = ServedModel()
+    worker = stand_in_worker(model)
+    load, path = model.load_weights, write_weights(tmp_path, "run-1", some_weights().items())
+
+    def fail(weights):
+        raise MemoryError("no room")
+
+    model.load_weights = fail
+    assert "MemoryError: no room" in worker.opo_load_weights(str(path), "run-1")["error"]
+    model.load_weights = load
+    assert "restart the server" in worker.opo_load_weights(str(path), "run-1")["error"]
+    assert worker.opo_held_version() == {"version": None}
+
+
 def test_a_worker_reads_the_trainers_probe(tmp_path):
     worker = stand_in_worker(ServedModel())
     (tmp_path / "probe").write_text("run")

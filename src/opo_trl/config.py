@@ -276,6 +276,11 @@ class OPOConfig(GRPOConfig):
         if self.use_vllm:
             check_vllm_dtype(self.vllm_dtype, self.vllm_mode)
             check_tolerance(self.vllm_logp_tolerance)
+            if self.vllm_mode == "server" and self.max_completion_length is None:
+                raise ValueError(
+                    "A vLLM server ends a completion without a limit after 16 tokens: `max_completion_length` must be "
+                    "a number with `vllm_mode='server'`, got None. Set `max_completion_length`."
+                )
         self._check_weight_transfer()
         if self.stream_rollouts:
             self._check_streaming()
@@ -468,11 +473,6 @@ class OPOConfig(GRPOConfig):
             raise ValueError(
                 "`torch_compile=True` needs micro-batches of a fixed shape, and the waves of a streamed step differ in "
                 "size: `stream_rollouts` must be False with it, got True. Leave one of the two out."
-            )
-        if self.max_completion_length is None:
-            raise ValueError(
-                "`stream_rollouts=True` divides by `max_completion_length` until all lengths are known, got None. Set "
-                "`max_completion_length`."
             )
         if self.deepspeed_plugin is not None and self.loss_type == "dapo":
             raise ValueError(

@@ -8,6 +8,25 @@ from transformers import GenerationConfig
 
 from .sampling import Completion, end_tokens, to_completion
 
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM 0.31 has room for
+
+
+def largest_rank(config: Any) -> int:
+    """
+    The room for an adapter that vLLM is to make.
+
+    Raises:
+        ValueError: If vLLM cannot apply the adapter.
+    """
+    rank = max([config.r, *config.rank_pattern.values()])
+    if config.use_dora or config.modules_to_save or rank > RANKS[-1]:
+        raise ValueError(
+            f"vLLM applies LoRA adapters of a rank up to {RANKS[-1]} without DoRA and `modules_to_save`, got rank "
+            f"{rank}, use_dora={config.use_dora} and modules_to_save={config.modules_to_save}. Use the backend "
+            "transformers."
+        )
+    return next(room for room in RANKS if room >= rank)
+
 
 class VllmSampler:
     """
@@ -49,7 +68,7 @@ class VllmSampler:
         self.tokenizer, self.max_new_tokens, self.temperature = tokenizer, max_new_tokens, temperature
         self._adapter = None
         if adapter is not None:
-            engine |= {"enable_lora": True, "max_lora_rank": PeftConfig.from_pretrained(adapter).r}
+            engine |= {"enable_lora": True, "max_lora_rank": largest_rank(PeftConfig.from_pretrained(adapter))}
             self._adapter = LoRARequest("adapter", 1, adapter)
         declared = None
         if not Path(model).is_dir() or (Path(model) / "generation_config.json").is_file():

@@ -23,6 +23,7 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "force_words_ids": (None,),
     "penalty_alpha": (None, 0.0),
     "best_of": (None, 1),
+    "use_beam_search": (None, False),
     # Cutting the tail of the distribution
     "top_k": (None, 0, -1),
     "top_p": (None, 1.0),
@@ -58,6 +59,8 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "forced_eos_token_id": (None,),
     "thinking_token_budget": (None, -1),
     "structured_outputs": (None,),
+    "response_format": (None,),
+    "repetition_detection": (None,),
     "guided_decoding": (None,),
     "trace_decode_token_ids": (None, []),
     # Answering another prompt than the one trained on
@@ -65,9 +68,12 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "truncate_prompt_tokens": (None,),
     # One seed for every request makes the K completions of a group the same one
     "seed": (None,),
-    # A wrong number of completions, or padding that TRL would take for sampled tokens
+    # A wrong number of completions, or tokens and log-probabilities that TRL would take for those that were sampled
     "num_return_sequences": (None, 1),
+    "n": (None, 1),
     "stop_strings": (None,),
+    "echo": (None, False),
+    "logprobs": (None, 0),
     # Drawing from an approximation of the policy
     "cache_implementation": (
         None,

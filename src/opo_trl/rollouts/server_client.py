@@ -139,6 +139,9 @@ class ServerClient(VLLMClient):
             self._check_policy()  # a server that was started anew in between answers from other weights
             return completions
 
+        # A server fills what a request leaves out from its model's generation config; TRL sends the other settings.
+        given = {name: value for name, value in (kwargs.get("generation_kwargs") or {}).items() if value is not None}
+        kwargs["generation_kwargs"] = {"presence_penalty": 0.0, "frequency_penalty": 0.0, **given}
         rows = n * len(prompts)
         nothing = {"completion_ids": [[0]] * rows, "logprobs": [[[0.0]]] * rows, "logprob_token_ids": [[[0]]] * rows}
         return self.attempt("generating", call if self._waits else submit, {"prompt_ids": prompts, **nothing})

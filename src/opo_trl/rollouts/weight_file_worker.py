@@ -52,6 +52,7 @@ class WeightFileWorker:
     model_runner: Any
 
     opo_version: str | None = None  # of the weights that this worker holds; `None` for those it has started with
+    opo_is_loading = False  # since a load that failed in its middle, too
 
     def opo_read_probe(self, path: str) -> dict[str, str | None]:
         """Return what a small file of the trainer's holds, `None` where this worker does not see it."""
@@ -76,14 +77,20 @@ class WeightFileWorker:
         return self.opo_held_version()
 
     def _opo_load(self, path: str, version: str) -> None:
+        if self.opo_is_loading:  # vLLM would go on with what it holds of the last file
+            raise WeightFileError(
+                "an earlier load failed in its middle and left a mixture of weights: restart the server"
+            )
         weights = read_weights(Path(path), version)
         model = self.model_runner.get_model()
         expected = {name for name, _ in model.named_parameters()}
         with set_current_vllm_config(self.vllm_config):  # what vLLM's own transfers do around loading
+            self.opo_is_loading = True
             initialize_layerwise_reload(model)
             loaded = model.load_weights(weights.items())
             finalize_layerwise_reload(model, self.model_config)
             self.model_runner.reset_lora_state()
+            self.opo_is_loading = False
         missing = expected - loaded if loaded is not None and self.model_config.quantization is None else set()
         if missing:  # vLLM would keep the old values, and warn
             raise WeightFileError(f"{path} lacks parameters of the served model: {sorted(missing)}.")

@@ -18,6 +18,8 @@ from transformers.integrations.integration_utils import WandbCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy, rotate_checkpoints
 
+from .aborted_requests import abort_on_error
+from .base_weights import keep_base_weights
 from .checkpoints import mark_complete, unmark, warn_of_earlier_run
 from .empty_completions import EmptyCompletions
 from .epoch_end import EpochEnd
@@ -118,6 +120,11 @@ class ReliableRuns(GRPOTrainer):
             self._wandb = ResumedWandb(self._describe)
             self.remove_callback(theirs[0])
             self.add_callback(self._wandb)
+        if self.use_vllm and self.args.vllm_mode == "colocate":
+            engine = self.vllm_generation.llm.llm_engine
+            self.vllm_generation.generate = abort_on_error(engine, self.vllm_generation.generate)
+        if self.use_vllm and hasattr(self.model, "merge_adapter"):
+            self.vllm_generation.sync_weights = keep_base_weights(self.model, self.vllm_generation.sync_weights)
         if self.accelerator.is_main_process:
             warn_of_equal_names(self.reward_func_names)
         self._guard, self._empty = FunctionGuard(), EmptyCompletions(self._tokenizer.pad_token_id)

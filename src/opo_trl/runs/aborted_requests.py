@@ -1,0 +1,31 @@
+"""An engine in the training process, after a generation that was interrupted."""
+
+from collections.abc import Callable
+from typing import Any
+
+
+def abort_on_error(engine: Any, generate: Callable[..., Any]) -> Callable[..., Any]:
+    """
+    Have an engine forget its requests if a generation ends with an exception, such as that of Ctrl-C.
+
+    vLLM 0.31 keeps them: the next generation would go on with them, and return their completions before its own. No
+    issue is known; delete this when vLLM aborts them itself.
+
+    Args:
+        engine ([`~vllm.v1.engine.llm_engine.LLMEngine`]):
+            Engine of colocate mode.
+        generate (`Callable`):
+            Generates with it.
+
+    Returns:
+        `Callable`: The same.
+    """
+
+    def generate_or_abort(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return generate(*args, **kwargs)
+        except BaseException:
+            engine.abort_request(list(engine.output_processor.request_states), internal=True)
+            raise
+
+    return generate_or_abort
