@@ -39,12 +39,15 @@ _COMPUTATIONS = {
     "ldots", "prime",
 }  # fmt: skip
 _DERIVATIVE = re.compile(r"\\frac\{(?:d|\\partial)[^{}]*\}\{(?:d|\\partial)")
-_BASED = re.compile(r"([-+]?[0-9A-Z]+)_\{?(\d{1,2})\}?")
+_BASED = re.compile(r"([-+]?[0-9A-Z.]+)_\{?(\d{1,2})\}?")
+_DIGITS_WITH_INDEX = re.compile(r"[\d)]_|\\text\{[^{}]*\}_")  # the parser drops the index
+_CHOICE = re.compile(r"\\text\{\([A-E]\)\}(?=[-\d.\\])(?P<value>(?:(?!\\text).)+)")  # `\textbf{(E)}\ 27`, as AMC has it
 _SIDE_BY_SIDE = re.compile(  # but not where what follows is an argument: \log_{2}(8), \sin^2(x), \begin{array}{c}1
     r"(_(?:\{[^{}]*\}|\w).?|\\begin\{\w+\}(?:\{\w+\})?.?"
     r"|\\(?:sin|cos|tan|cot|sec|csc|log|ln|sinh|cosh|tanh)\^(?:\{[^{}]*\}|\w).?)"
     r"|(?<=[\d})!])(?=\\frac|\\binom|\()|(?<=[})!])(?=\d)"
 )
+_DETERMINANT = re.compile(r"\\begin\{[vV]matrix\}")
 _DIGITS = 50  # two irrational numbers that agree to this many significant digits are the same
 
 logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it warns that its own alarms are off
@@ -52,7 +55,8 @@ logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it warns that its
 
 def equal(gold: str, answer: str) -> bool:
     """Whether two normal forms say the same."""
-    return _same(read(gold), read(answer))
+    choice = _CHOICE.fullmatch(answer)
+    return _same(read(gold), read(choice["value"] if choice else answer))
 
 
 def probe(gold: str) -> None:
@@ -102,7 +106,10 @@ def _same_collection(gold: Collection, answer: Collection) -> bool:
     if (gold.kind == "union") != (answer.kind == "union"):
         return False
     # Several names given values are no list of values: in x = 1, y = 2 it matters which is which.
-    names = [{part.name for part in side.parts if isinstance(part, Relation)} for side in (gold, answer)]
+    # In x_1 = 1, x_2 = 2 it does not, for a solution without names.
+    names = [
+        {part.name.partition("_")[0] for part in side.parts if isinstance(part, Relation)} for side in (gold, answer)
+    ]
     if any(len(side) > 1 for side in names) and len(names[0]) != len(names[1]):
         return False
     words_alone = all(isinstance(part, Value) and _words(part.text) is not None for part in gold.parts)
@@ -160,6 +167,8 @@ def _same_value(gold: str, answer: str) -> bool:
         # A number with a base is these digits in this base: 2112_6 is neither 2112_7 nor 2112.
         one, other = (_BASED.fullmatch(text) for text in (gold, answer))
         return one is not None and other is not None and one.groups() == other.groups()
+    if any(_DIGITS_WITH_INDEX.search(text) for text in (gold, answer)) or re.fullmatch("[A-Z]{3,}", gold):
+        return False  # nor is a word of capitals a product, whose factors could be in any order
     if (decided := same_number(gold, answer)) is not None:
         return decided
     (gold, gold_unit), (answer, answer_unit) = split_unit(gold), split_unit(answer)
@@ -184,6 +193,8 @@ def _is_plain(gold: str, answer: str) -> bool:
     used, allowed = (set(re.findall(r"\\([A-Za-z]+)", text)) for text in (answer, gold))
     if (_DERIVATIVE.search(answer) and not _DERIVATIVE.search(gold)) or r"\text" in answer or "'" in answer:
         return False
+    if re.search("[A-Za-z]'", gold) or (_DETERMINANT.search(answer) and not _DETERMINANT.search(gold)):
+        return False  # the parser would drop the prime, and compute the determinant
     # Digits that only white space or a brace sets apart are not one number, nor a product.
     if re.search(r"\d [\d.]|(?<![A-Za-z\]}])\{", re.sub(r"\\[{}]|[\^_]", "x", answer)):
         return False
@@ -209,7 +220,9 @@ def _words(text: str) -> str | None:
     ):
         return None
     # Brackets around more than one letter, and what stands between digits, may be mathematics.
+    text = re.sub(r"\\text\{\s*,?\s*and\s*\}", ",", text)
     words = re.sub(r"(?<![A-Za-z])\(([A-Za-z])\)", r"\1", re.sub(r"\\text\{([^{}]*)\}", r"\1", text))
+    words = re.sub(r"\s*,?\s*\band\b\s*", ",", words)
     return re.sub(r"\.(?!\d)|(?<!\d)\s+|\s+(?!\d)", "", words)
 
 
@@ -227,7 +240,7 @@ def _parse(text: str) -> Any:
     text = re.sub(r"(\d+(?:\.\d+)?|\\frac\{\d+\}\{\d+\})\\degree", r"{(\1\\cdot\\frac{\\pi}{180})}", text)
     # Of two factors side by side, only a whole number before a fraction of two numbers is a mixed number. The parser
     # takes any two for one: 2(3) and \binom{2}{1}\binom{3}{1} would be 5.
-    text = re.sub(r"(?<![\w.})])(\d+)(\\frac\{\d+\}\{\d+\})", r"(\1+\2)", text)
+    text = re.sub(r"(?<![\w.})^])(\d+)(\\frac\{\d+\}\{\d+\})", r"(\1+\2)", text)
     text = _SIDE_BY_SIDE.sub(lambda match: match[1] or r"\cdot ", text)
     try:
         parsed = latex2sympy(text, is_real=True, normalization_config=_NORMALIZATION, conversion_config=_CONVERSION)

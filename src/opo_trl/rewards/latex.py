@@ -28,7 +28,8 @@ _LOWERED = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 
 # Layout: prints nothing, or white space of some width.
 _NOTHING = re.compile(
-    r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|nolimits|strut|mathstrut)(?![A-Za-z])\.?"
+    r"\\(?:left|right|[bB]igg?[lrm]?)(?![A-Za-z])(?:\.(?!\d))?"
+    r"|\\(?:displaystyle|textstyle|limits|nolimits|strut|mathstrut)(?![A-Za-z])"
 )
 _SPACE = re.compile(r"(?<!\\)\\[,;:> ]|(?<!\\)~|\\(?:quad|qquad|enspace|thinspace|space)(?![A-Za-z])|\s")
 
@@ -39,6 +40,9 @@ _SYNONYMS = [
         (r"^\s*\\boxed\s*\{(.*)\}\s*$", r"\1"),  # a box in a box
         (r"(?<=\d)(?:,\\!|\{,\})(?=\d{3}(?!\d))", ""),  # 12{,}000 and 12,\!000 cannot be lists
         (r"\\!", ""),
+        (r"(?<!\\)\\\s*$", ""),  # what is left of a space at the end
+        (r"\\\\\s*\[[\d.]+ ?(?:pt|ex|em|mm|cm)\]", r"\\\\"),  # the height of a row
+        (r"\[\s*(\\begin\{(matrix|array)\}(?:(?!\\begin\{)[\s\S])*\\end\{\2\})\s*\]", r"(\1)"),
         (r"\\[dtc]fracEND", r"\\frac"),
         (r"\\[dt]binomEND", r"\\binom"),
         (r"\\leq(?:slant)?END", r"\\le "),
@@ -57,14 +61,23 @@ _SYNONYMS = [
         (r"\\varnothingEND|\\\{\s*\\\}", r"\\emptyset "),
         (r"\\(?:[dlc]|)dots[bcimo]?END|\.\.\.", r"\\ldots "),
         (r"\\mathbb\s*R\b|\\(?:R|[Rr]eals)END", r"\\mathbb{R}"),
+        (r"(\\mathbb\{R\})\s*-\s*(?=\\\{)", r"\1\\setminus "),
+        (r"\\bar\s*\{(\d+)\}", r"\\overline{\1}"),
         (r"\^\s*(?:\\circEND|\{\s*\\circ\s*\}|\\degreeEND|\{\s*\\degree\s*\})", r"\\degree "),
         (r"\\%", "%"),
         (r"(?<!\\)\$", ""),
         # Fonts: a letter is a letter, a word is text.
         (r"\\(?:math(?:rm|it|bf|sf)|bm|boldsymbol|operatorname)\s*\{\s*([A-Za-z]|\d+)\s*\}", r"\1 "),
+        (r"^\s*\\math(?:rm|it|bf|sf)\s*\{((?:[^{}]|\{[^{}]*\})*\\(?:[^{}]|\{[^{}]*\})*)\}\s*$", r"\1"),
         (r"\\operatorname\*?\s*\{\s*([A-Za-z]+)\s*\}", r"\\\1 "),
         (r"\\(?:[mh]box|text(?:normal|bf|it|rm|sf|tt|up)?|math(?:rm|it|bf|sf))\s*\{", r"\\text{"),
         (r"\\text\{\s*\}", ""),
+        (r"(?<=\d)\\text\{\s*([ixyzn])\s*\}", r"\1"),  # a letter, not a unit
+        (r"\\text\{\s*\\\$\s*([\d.,]*\d)?\s*\}", r"\\$\1"),
+        (r"\\text\{([^{}]*[A-Za-z])\s*\^(?:\{(\d)\}|(\d))\s*\}", r"\\text{\1}^\2\3"),  # square centimetres
+        (r"\\text\{([^{}]*[A-Za-z])\s*\}\s*/\s*\\text\{\s*([A-Za-z][^{}]*)\}", r"\\text{\1/\2}"),
+        (r"\\degree\s*([CF])(?![A-Za-z])", r"\\degree\\text{\1}"),
+        (r"\(\s*([0-9A-Z]+)\s*\)(?=_)", r"\1"),  # digits with a base
         (r"\\text\{([0-9A-Z]+)\}(?=_)", r"\1"),  # the digits of a number with a base
         (r"^\s*\\text\{\s*([-+]?[\d.,]*\d)\s*\}\s*$", r"\1"),  # a number set in text, and nothing else
         (r"^\s*\\text\{\s*([-+]?[\d.,]*\d)\s+([A-Za-z][A-Za-z. ]*)\}\s*$", r"\1\\text{ \2}"),  # or with its unit
@@ -88,7 +101,10 @@ def normalize(text: str) -> str:
     text = re.sub(r" +", " ", text)
     text = re.sub(r"(?<![A-Za-z0-9]) | (?![A-Za-z0-9])|(?<=\d) (?=[A-Za-z](?![A-Za-z]))", "", text)
     text = re.sub(r"(\\[A-Za-z]+) (?=[^A-Za-z])", r"\1", text)
-    return text.rstrip(".,;: ")
+    text = text.rstrip(".,;: ")
+    while text.startswith("{") and matching_brace(text, 0) == len(text) - 1:
+        text = text[1:-1].strip()
+    return text
 
 
 def is_too_deep(text: str, limit: int) -> bool:

@@ -23,11 +23,12 @@ _ANGLE = re.compile(r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc)")  # whose argument 
 _OTHER_DEGREES = re.compile(_ANGLE.pattern + r"|\^|cis|\\degree(?=[\w(\\'])|^\\degree$")
 # Words after a number that change what it says, instead of naming what is counted.
 _NOT_UNITS = {
-    "or", "and", "not", "but", "nor", "is", "are", "to", "than", "more", "less", "least", "most", "about", "around",
+    "or", "and", "not", "but", "nor", "is", "are", "to", "than", "less", "least", "most", "about", "around",
     "half", "quarter", "double", "twice", "dozen", "hundred", "thousand", "million", "billion", "trillion", "base",
     "mod", "modulo", "plus", "minus", "times", "over", "pi", "squared", "cubed", "if", "when", "where", "for", "am",
     "pm", "factorial", "negative", "tenth", "hundredth", "thousandth", "millionth", "third", "fourth", "fifth",
-    "sixth", "eighth", "halve", "bn", "k", "root", "choose", "inverse", "reciprocal",
+    "sixth", "seventh", "eighth", "ninth", "eleventh", "twelfth", "halve", "bn", "k", "root",
+    "choose", "inverse", "reciprocal",
 }  # fmt: skip
 _SHORT = {"cm", "mm", "km", "kg", "mg", "ft", "in", "lb", "mi", "yd", "hr", "ml"}  # bare letters that are no product
 _SAME_UNITS = {
@@ -36,8 +37,9 @@ _SAME_UNITS = {
     "mile": "mi", "yard": "yd", "pound": "lb", "kilogram": "kg", "gram": "g", "gm": "g", "hour": "hr", "minute": "min",
     "second": "sec", "liter": "l", "litre": "l", "usd": "dollar", "percent": "%", "percentage": "%", "pct": "%",
     "degree": "degree", "deg": "degree", "mph": "mi per hr", "€": "euro", "sq": "square", "cu": "cubic", "hrs": "hr",
-    "lbs": "lb", "kgs": "kg", "cms": "cm", "yds": "yd",
+    "lbs": "lb", "kgs": "kg", "cms": "cm", "yds": "yd", "h": "hr",
 }  # fmt: skip
+_MEASURES = _SHORT | set(_SAME_UNITS) | {word for unit in _SAME_UNITS.values() for word in unit.split()}
 
 
 def plain_number(text: str) -> Fraction | None:
@@ -86,12 +88,16 @@ def _split_unit(text: str) -> tuple[str, str]:
         return text, ""
     if match["text"] is None and match["bare"] is None:
         return match["value"], {"%": "%", r"\degree": "degree", r"\$": "dollar"}[match["unit"]]
-    words = [word.strip(".,()").lower() for word in (match["text"] or match["bare"]).replace(".", ". ").split()]
+    said = (match["text"] or match["bare"]).replace(".", ". ").replace("/", " per ")
+    words = [word.strip(".,()").lower() for word in said.split()]
     words = [word if word in _NOT_UNITS else _singular(word) for word in words if word]
     if not words or _NOT_UNITS.intersection(words) or any(character.isdigit() for word in words for character in word):
         return text, ""
-    if match["bare"] is not None and any(len(word) < 3 and word not in _SHORT for word in words):
-        return text, ""
+    unknown = [word for word in words if word not in _MEASURES]
+    if match["bare"] is not None and any(len(word) < 3 or not re.search("[aeiou]", word) for word in unknown):
+        return text, ""  # a product of letters
+    if unknown and not re.search(r"\d|\\pi", match["value"]):
+        return text, ""  # n\text{ odd} counts nothing
     return match["value"].rstrip(), _unit(words, match["power"])
 
 
@@ -111,7 +117,9 @@ def _unit(words: list[str], power: str | None) -> str:
 def units_agree(one: str, other: str) -> bool:
     """A unit may be left out, and so may `per day` after dollars. Two different ones are two different answers."""
     shorter, longer = sorted((one, other))
-    return not shorter or one == other or (shorter == "dollar" and longer.startswith("dollar per "))
+    if not shorter or one == other or (shorter == "dollar" and longer.startswith("dollar per ")):
+        return True
+    return {one, other} in ({"degree", "c"}, {"degree", "f"})  # of temperature
 
 
 def same_number(gold: str, answer: str) -> bool | None:

@@ -19,13 +19,14 @@ _TOKEN = re.compile(
 )
 _OPENING = {"(": "(", "[": "[", "{": "{", r"\{": r"\{", r"\langle": "("}
 _CLOSING = {")": ")", "]": "]", "}": "}", r"\}": r"\}", r"\rangle": ")"}
-_THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?!\d|,\d)")
+_THOUSANDS = re.compile(r"(?<![\d,._])\d{1,3}(?:,\d{3})+(?!\d|,\d)")
 _NAME = re.compile(
     r"(?:m?\\(?:angle|triangle) ?)?"
     r"(?:(?![ei](?![A-Za-z_(']))[A-Za-z]|\\(?!pi(?![A-Za-z]))(?:[a-z]*alpha|beta|gamma|delta|theta|lambda|mu|rho|sigma|phi"
     r"|omega|ell|Delta|vec\{[A-Za-z]\}|hat\{[A-Za-z]\}|overline\{[A-Za-z]+\}|text\{[A-Za-z ]+\}"
-    r")|[A-Z]{2,}|\|[A-Z]{2}\|)'*(?:_(?:\w|\{\w+\}))?(?:\^\{-1\})?(?:\([^()=<>]*\))?"
+    r")|[A-Z]{2,}|\|[A-Z]{2}\|)'*(?:_(?:\w|\\[a-z]+|\{[^{}=<>]*(?:\{[^{}=<>]*\}[^{}=<>]*)?\}))?(?:\^\{-1\})?(?:\([^()=<>]*\))?"
 )
+_PROBABILITY = re.compile(r"P\([^()]+\)")
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,11 @@ def is_name(node: Node) -> bool:
     r"""Whether a node is only a name: `x`, `f(2)`, `AB`, `P(A)`, `\angle ABC`, `(x, y)`, but not `2x` or `\sqrt{x}`."""
     if isinstance(node, Collection):
         return node.is_ordered and all(is_name(part) for part in node.parts)
-    return isinstance(node, Value) and _NAME.fullmatch(node.text) is not None
+    if not isinstance(node, Value) or not (_NAME.fullmatch(node.text) or _PROBABILITY.fullmatch(node.text)):
+        return False
+    name, _, argument = node.text.partition("(")
+    # x(x-2) is a product, and x^{-1} a power.
+    return name not in argument and ("^{-1}" not in name or name[0].isupper() or name[0] in "fgh")
 
 
 def ascending(relation: Relation) -> Relation:
@@ -136,6 +141,9 @@ def as_intervals(node: Node) -> Node:
     if node == Value(r"\mathbb{R}"):
         return _interval("(", Value(r"-\infty"), Value(r"\infty"), ")")
     if isinstance(node, Collection) and node.kind in ("or", "union"):
+        members = [member for part in node.parts if isinstance(part, Relation) for member in part.members]
+        if len({member.text for member in members if is_name(member)}) > 1:
+            return node  # of several names
         pieces = [as_intervals(part) for part in node.parts]
         return _collection("union", pieces, node.text) if pieces != list(node.parts) else node
     if not isinstance(node, Relation) or node.is_equality:
