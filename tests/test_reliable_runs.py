@@ -116,8 +116,10 @@ def test_an_engine_forgets_the_requests_of_an_interrupted_generation():
     def interrupted(prompts):
         raise KeyboardInterrupt
 
+    generation = SimpleNamespace(llm=SimpleNamespace(llm_engine=engine), generate=interrupted)
     with pytest.raises(KeyboardInterrupt):
-        abort_on_error(engine, interrupted)(["1+1"])
+        abort_on_error(generation)(["1+1"])
     assert aborted == [(["3-a", "4-b"], True)]
-    assert abort_on_error(engine, len)(["1+1"]) == 1
+    generation.generate = len
+    assert abort_on_error(generation)(["1+1"]) == 1
     assert len(aborted) == 1

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 
-def abort_on_error(engine: Any, generate: Callable[..., Any]) -> Callable[..., Any]:
+def abort_on_error(generation: Any) -> Callable[..., Any]:
     """
     Have an engine forget its requests if a generation ends with an exception, such as that of Ctrl-C.
 
@@ -12,19 +12,20 @@ def abort_on_error(engine: Any, generate: Callable[..., Any]) -> Callable[..., A
     issue is known; delete this when vLLM aborts them itself.
 
     Args:
-        engine ([`~vllm.v1.engine.llm_engine.LLMEngine`]):
-            Engine of colocate mode.
-        generate (`Callable`):
-            Generates with it.
+        generation ([`~trl.generation.vllm_generation.VLLMGeneration`]):
+            TRL's generation in colocate mode.
 
     Returns:
-        `Callable`: The same.
+        `Callable`: Its `generate`, which then raises the same exception.
     """
+
+    generate = generation.generate
 
     def generate_or_abort(*args: Any, **kwargs: Any) -> Any:
         try:
             return generate(*args, **kwargs)
         except BaseException:
+            engine = generation.llm.llm_engine
             engine.abort_request(list(engine.output_processor.request_states), internal=True)
             raise
 

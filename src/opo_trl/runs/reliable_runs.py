@@ -121,8 +121,7 @@ class ReliableRuns(GRPOTrainer):
             self.remove_callback(theirs[0])
             self.add_callback(self._wandb)
         if self.use_vllm and self.args.vllm_mode == "colocate":
-            engine = self.vllm_generation.llm.llm_engine
-            self.vllm_generation.generate = abort_on_error(engine, self.vllm_generation.generate)
+            self.vllm_generation.generate = abort_on_error(self.vllm_generation)
         if self.use_vllm and hasattr(self.model, "merge_adapter"):
             self.vllm_generation.sync_weights = keep_base_weights(self.model, self.vllm_generation.sync_weights)
         if self.accelerator.is_main_process:
