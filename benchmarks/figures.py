@@ -58,8 +58,8 @@ def main() -> None:
     def result(name: str) -> Any:
         return json.loads((RESULTS / f"{name}.json").read_text())
 
-    for name in ("opo_vs_grpo", "opo_vs_grpo-long_chains"):
-        opo_report.plot(result(name)["variants"], RESULTS / f"{name}.png")
+    for path in RESULTS.glob("opo_vs_grpo*.json"):
+        opo_report.plot(result(path.stem)["variants"], path.with_suffix(".png"))
     of_tiny = result("gradient_variance")["policies"]
     variance_report.plot(of_tiny, RESULTS / "gradient_variance.png")
     on_long_chains = result("gradient_variance-long_chains")["policies"]
