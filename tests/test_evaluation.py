@@ -29,7 +29,7 @@ from opo_trl.evaluation import (
 )
 from opo_trl.evaluation.sampling import TransformersSampler, record_seed, sample_completions, tokenize_prompt
 from opo_trl.evaluation.scoring import score_completions
-from opo_trl.evaluation.vllm_sampling import largest_rank
+from opo_trl.evaluation.vllm_sampling import max_lora_rank
 from tiny import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
 
 
@@ -331,13 +331,13 @@ def test_long_rows_are_scored_in_chunks_as_in_one(monkeypatch):
     assert [len(score.logps) for score in one_batch] == [5, 2]
 
 
-def test_vllm_makes_room_for_an_adapter_of_any_rank():
-    assert largest_rank(LoraConfig(r=4)) == 8
-    assert largest_rank(LoraConfig(r=64)) == 64
-    assert largest_rank(LoraConfig(r=12, rank_pattern={"q_proj": 40})) == 64
+def test_vllm_is_given_a_rank_that_it_allows():
+    assert max_lora_rank(LoraConfig(r=4)) == 8
+    assert max_lora_rank(LoraConfig(r=64)) == 64
+    assert max_lora_rank(LoraConfig(r=12, rank_pattern={"q_proj": 40})) == 64
     for refused in ({"r": 600}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}):
         with pytest.raises(ValueError, match="Use the backend transformers"):
-            largest_rank(LoraConfig(**refused))
+            max_lora_rank(LoraConfig(**refused))
 
 
 def record(problem, sample, reward, **others):

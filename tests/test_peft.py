@@ -50,7 +50,7 @@ def transfer_to_nothing(model, fails=False):
 
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_a_transfer_to_vllm_leaves_the_base_and_the_policy_as_they_were(kind):
-    """In bfloat16, adding an adapter and subtracting it again leads elsewhere."""
+    """In bfloat16, adding an adapter and subtracting it again rounds to other weights."""
     model = peft_model(ADAPTERS[kind]).to(torch.bfloat16)
     before, logits = base_weights(model), logits_of(model)
     sent = []

@@ -132,28 +132,28 @@ def test_settings_that_leave_the_update_as_it_is(tmp_path, settings):
     check_update(scripted_trainer(tmp_path, per_device_train_batch_size=12, gradient_accumulation_steps=2, **settings))
 
 
-def test_continuous_batching_samples_and_trains(tmp_path):
-    trainer = scripted_trainer(
-        tmp_path,
+def continuous_batching_trainer(output_dir, **settings):
+    return scripted_trainer(
+        output_dir,
         rollout=None,
         reward_funcs=letters_reward,
         use_transformers_continuous_batching=True,
         transformers_continuous_batching_config={"max_memory_percent": 0.05},
         max_completion_length=8,
+        **settings,
     )
+
+
+def test_continuous_batching_samples_and_trains(tmp_path):
+    trainer = continuous_batching_trainer(tmp_path)
     update = update_of(trainer)
     assert any(value.abs().max() > 0 for value in update.values())
     assert abs(trainer.state.log_history[0]["loss"]) < 1e-6
 
 
 def test_an_evaluation_with_continuous_batching_is_one(tmp_path):
-    trainer = scripted_trainer(
+    trainer = continuous_batching_trainer(
         tmp_path,
-        rollout=None,
-        reward_funcs=letters_reward,
-        use_transformers_continuous_batching=True,
-        transformers_continuous_batching_config={"max_memory_percent": 0.05},
-        max_completion_length=8,
         eval_dataset=scripted_dataset(),
         per_device_train_batch_size=4,
         per_device_eval_batch_size=4,

@@ -148,7 +148,7 @@ def test_the_policy_improves(run):
 
 
 def test_an_interrupted_generation_leaves_nothing_to_the_next(run, monkeypatch):
-    """vLLM's engine goes on with what it was asked for before, unless it is aborted."""
+    """vLLM's engine continues the requests of an interrupted generation unless they are aborted."""
     generation, engine = run.trainer.vllm_generation, run.trainer.vllm_generation.llm.llm_engine
     step, steps = engine.step, iter(range(3))
 

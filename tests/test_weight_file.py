@@ -151,10 +151,10 @@ def test_a_worker_whose_load_failed_in_its_middle_loads_nothing_more(tmp_path):
     load, path = model.load_weights, write_weights(tmp_path, "run-1", some_weights().items())
 
     def fail(weights):
-        raise MemoryError("no room")
+        raise MemoryError("allocation failed")
 
     model.load_weights = fail
-    assert "MemoryError: no room" in worker.opo_load_weights(str(path), "run-1")["error"]
+    assert "MemoryError: allocation failed" in worker.opo_load_weights(str(path), "run-1")["error"]
     model.load_weights = load
     assert "restart the server" in worker.opo_load_weights(str(path), "run-1")["error"]
     assert worker.opo_held_version() == {"version": None}

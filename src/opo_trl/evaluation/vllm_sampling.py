@@ -8,24 +8,28 @@ from transformers import GenerationConfig
 
 from .sampling import Completion, end_tokens, to_completion
 
-RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM 0.31 has room for
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the values of `max_lora_rank` in vLLM 0.31, apart from 1
 
 
-def largest_rank(config: Any) -> int:
+def max_lora_rank(config: Any) -> int:
     """
-    The room for an adapter that vLLM is to make.
+    Return the smallest `max_lora_rank` of vLLM's engine that is enough for an adapter.
+
+    Args:
+        config ([`~peft.LoraConfig`]):
+            Configuration of the adapter.
 
     Raises:
         ValueError: If vLLM cannot apply the adapter.
     """
     rank = max([config.r, *config.rank_pattern.values()])
-    if config.use_dora or config.modules_to_save or rank > RANKS[-1]:
+    if config.use_dora or config.modules_to_save or rank > LORA_RANKS[-1]:
         raise ValueError(
-            f"vLLM applies LoRA adapters of a rank up to {RANKS[-1]} without DoRA and `modules_to_save`, got rank "
+            f"vLLM applies LoRA adapters of a rank up to {LORA_RANKS[-1]} without DoRA and `modules_to_save`, got rank "
             f"{rank}, use_dora={config.use_dora} and modules_to_save={config.modules_to_save}. Use the backend "
             "transformers."
         )
-    return next(room for room in RANKS if room >= rank)
+    return next(allowed for allowed in LORA_RANKS if allowed >= rank)
 
 
 class VllmSampler:
@@ -68,7 +72,7 @@ class VllmSampler:
         self.tokenizer, self.max_new_tokens, self.temperature = tokenizer, max_new_tokens, temperature
         self._adapter = None
         if adapter is not None:
-            engine |= {"enable_lora": True, "max_lora_rank": largest_rank(PeftConfig.from_pretrained(adapter))}
+            engine |= {"enable_lora": True, "max_lora_rank": max_lora_rank(PeftConfig.from_pretrained(adapter))}
             self._adapter = LoRARequest("adapter", 1, adapter)
         declared = None
         if not Path(model).is_dir() or (Path(model) / "generation_config.json").is_file():

@@ -103,7 +103,8 @@ class OnPolicyChecks(GRPOTrainer):
         completion_ids, logprobs = super()._generate_single_turn(prompt_ids, images, *args, **kwargs)
         # With continuous batching, TRL 1.16 leaves the model in training mode, also in an evaluation. No issue is
         # known; delete this when it restores the mode.
-        self.model.train(training)
+        if self.model.training != training:
+            self.model.train(training)
         if training:
             self._self_test.check(self.model, prompt_ids, images, completion_ids, logprobs)
         return completion_ids, logprobs

@@ -58,7 +58,7 @@ class ServerClient(VLLMClient):
         return failure
 
     def attempt(self, what: str, call: Callable[[], T], placeholder: T) -> T:
-        """Call unless something has failed; return the placeholder if it fails, which [`take_failure`] tells of."""
+        """Call unless something has failed. After a failure, which [`take_failure`] returns, return the placeholder."""
         if self._failure is None:
             try:
                 return call()

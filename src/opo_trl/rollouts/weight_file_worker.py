@@ -52,7 +52,7 @@ class WeightFileWorker:
     model_runner: Any
 
     opo_version: str | None = None  # of the weights that this worker holds; `None` for those it has started with
-    opo_is_loading = False  # since a load that failed in its middle, too
+    opo_is_loading = False  # true during a load, and from then on if it fails in its middle
 
     def opo_read_probe(self, path: str) -> dict[str, str | None]:
         """Return what a small file of the trainer's holds, `None` where this worker does not see it."""
@@ -77,7 +77,7 @@ class WeightFileWorker:
         return self.opo_held_version()
 
     def _opo_load(self, path: str, version: str) -> None:
-        if self.opo_is_loading:  # vLLM would go on with what it holds of the last file
+        if self.opo_is_loading:  # vLLM would complete unfinished layers of the last file with tensors of this one
             raise WeightFileError(
                 "an earlier load failed in its middle and left a mixture of weights: restart the server"
             )

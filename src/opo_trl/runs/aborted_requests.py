@@ -6,10 +6,10 @@ from typing import Any
 
 def abort_on_error(generation: Any) -> Callable[..., Any]:
     """
-    Have an engine forget its requests if a generation ends with an exception, such as that of Ctrl-C.
+    Abort the engine's unfinished requests if a generation ends with an exception, such as that of Ctrl-C.
 
-    vLLM 0.31 keeps them: the next generation would go on with them, and return their completions before its own. No
-    issue is known; delete this when vLLM aborts them itself.
+    vLLM 0.31 keeps them: the next generation would continue them, and return their completions before its own. No issue
+    is known; delete this when vLLM aborts them itself.
 
     Args:
         generation ([`~trl.generation.vllm_generation.VLLMGeneration`]):
@@ -18,7 +18,6 @@ def abort_on_error(generation: Any) -> Callable[..., Any]:
     Returns:
         `Callable`: Its `generate`, which then raises the same exception.
     """
-
     generate = generation.generate
 
     def generate_or_abort(*args: Any, **kwargs: Any) -> Any:

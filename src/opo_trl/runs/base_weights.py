@@ -1,4 +1,4 @@
-"""The weights under an adapter, which sending the merged policy to vLLM would wear away."""
+"""The weights under an adapter, which rounding changes whenever the merged policy is sent to vLLM."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,11 +8,11 @@ import torch
 
 def keep_base_weights(model: Any, synchronise: Callable[[], None]) -> Callable[[], None]:
     """
-    Give the weights under an adapter back their bits after each transfer to vLLM.
+    Restore the weights under an adapter, bit by bit, after each transfer to vLLM.
 
-    For a transfer, TRL 1.16 adds the adapter to them in place, and subtracts it again. In bfloat16 that does not lead
-    back: each transfer would change weights that nothing trains and no checkpoint has, and a resumed run, or a user of
-    the adapter, would have another policy. No issue is known; delete this when TRL merges into a copy.
+    For a transfer, TRL 1.16 adds the adapter to them in place, and subtracts it again, which rounds twice. In bfloat16,
+    each transfer would change weights that nothing trains and no checkpoint has, and a resumed run, or a user of the
+    adapter, would have another policy. No issue is known; delete this when TRL merges into a copy.
 
     Args:
         model ([`~peft.PeftModel`]):
