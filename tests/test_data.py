@@ -174,6 +174,33 @@ def test_overlapping_problems_are_dropped(caplog):
         drop_overlapping(train, held_out, ngram_size=0)
 
 
+def test_a_prompt_has_one_system_message(tmp_path):
+    messages = [{"role": "user", "content": "1+1=?"}]
+    user = write(tmp_path / "user.jsonl", [{"prompt": messages, "answer": "2"}])
+    loaded = load_math_dataset(user, system_prompt="Be brief.")["prompt"][0]
+    assert loaded == [{"role": "system", "content": "Be brief."}, *messages]
+    own = write(tmp_path / "own.jsonl", [{"prompt": loaded, "answer": "2"}])
+    assert load_math_dataset(own)["prompt"][0] == loaded
+    with pytest.raises(ValueError, match=r"must not begin with a system message.* one does: 'Be brief.'"):
+        load_math_dataset(own, system_prompt="Be brief.")
+
+
+@pytest.mark.parametrize(
+    ("problem", "other", "overlaps"),
+    [
+        ("Let $a_1, a_2, a_n$ be positive reals.", "Let $a_{1}, a_{2}, a_{n}$ be positive reals.", True),
+        ("Compute $17 - 8$.", "compute 17-8", True),
+        ("17+8-12=?", "17-8+12=?", False),
+        ("Simplify $(3-2i)^2$.", "Simplify $(3+2i)^2$.", False),
+        ("Simplify $x^2$.", "Simplify $x_2$.", False),
+        ("Simplify $x_2$.", "Simplify $x_{2}$.", True),
+    ],
+)
+def test_what_is_the_same_problem(problem, other, overlaps):
+    train = problems(problem, "Something that is not in the other set.")
+    assert len(drop_overlapping(train, problems(other), ngram_size=6)) == 2 - overlaps
+
+
 def test_problems_without_signal_are_dropped(caplog):
     rows = problems("a", "b", "c", "d")
     rates = {"a": 0.0, "b": 0.25, "c": 1.0, "z": 0.5}

@@ -287,8 +287,9 @@ def test_mistakes_are_named_before_a_model_loads(tmp_path, arguments, message):
     assert not list(tmp_path.iterdir())
 
 
-def test_records_files(tmp_path):
-    path = tmp_path / "records.jsonl"
+@pytest.mark.parametrize("name", ["records.jsonl", "aime[2024].jsonl"])  # a pattern is a name like any other
+def test_records_files(tmp_path, name):
+    path = tmp_path / name
     one, two, three = ({"problem": problem, "sample": sample} for problem, sample in (("é", 0), ("é", 1), ("a", 0)))
     append_records(part_path(path, 1), [two])
     append_records(part_path(path, 0), [three])
@@ -297,7 +298,7 @@ def test_records_files(tmp_path):
     assert read_parts(path) == [three, two]
     append_records(part_path(path, 0), [one, two])  # an overlap with what another process has done
     assert merge_parts(path, ["é", "a"]) == [one, two, three] == read_records(path)
-    assert [file.name for file in tmp_path.iterdir()] == ["records.jsonl"]
+    assert [file.name for file in tmp_path.iterdir()] == [name]
     assert merge_parts(path, ["é", "a"]) == [one, two, three]
     path.write_text('{"problem": "a"}\nnot json\n')
     with pytest.raises(ValueError, match="line 2 is not"):

@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig
 from sacrebleu.metrics.bleu import BLEU
 from scipy.stats import binomtest
+from transformers import AutoModelForCausalLM
 
 from opo_trl.evaluation import (
     average,
@@ -29,7 +30,7 @@ from opo_trl.evaluation import (
 )
 from opo_trl.evaluation.sampling import TransformersSampler, record_seed, sample_completions, tokenize_prompt
 from opo_trl.evaluation.scoring import score_completions
-from opo_trl.evaluation.vllm_sampling import max_lora_rank
+from opo_trl.evaluation.vllm_sampling import declared_ends, max_lora_rank
 from tiny import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
 
 
@@ -331,6 +332,20 @@ def test_long_rows_are_scored_in_chunks_as_in_one(monkeypatch):
     assert [len(score.logps) for score in one_batch] == [5, 2]
 
 
+def test_vllm_ends_completions_where_transformers_does(tmp_path):
+    """Also where a model has no generation_config.json, as older repositories on the Hub."""
+    model = tiny_model()
+    model.config.eos_token_id = model.generation_config.eos_token_id = [7, 9]
+    model.save_pretrained(tmp_path)
+    assert declared_ends(str(tmp_path)) == [7, 9]
+    (tmp_path / "generation_config.json").unlink()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert declared_ends(str(tmp_path)) == loaded.generation_config.eos_token_id == [7, 9]
+    loaded.generation_config.eos_token_id = 8  # the generation config decides where there is one
+    loaded.save_pretrained(tmp_path)
+    assert declared_ends(str(tmp_path)) == 8
+
+
 def test_vllm_is_given_a_rank_that_it_allows():
     assert max_lora_rank(LoraConfig(r=4)) == 8
     assert max_lora_rank(LoraConfig(r=64)) == 64
@@ -447,6 +462,19 @@ def test_samples_come_in_the_order_of_the_prompts():
     assert [len(group) for group in groups] == [2, 2, 2]
     assert all(1 <= len(completion.token_ids) <= 5 for group in groups for completion in group)
     assert all(c.truncated == (c.token_ids[-1] != tokenizer.eos_token_id) for group in groups for c in group)
+
+
+@pytest.mark.parametrize(("declared", "ends"), [(None, []), (7, [7]), ([9, 8], [8, 9])])
+def test_a_tokenizer_without_an_end_token_leaves_the_models_own(declared, ends):
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    tokenizer.eos_token = None
+    model.generation_config.eos_token_id = declared
+    sampler = TransformersSampler(model, tokenizer, max_new_tokens=40, temperature=1.0)
+    prompts = [tokenize_prompt(tokenizer, text) for text in ("one", "twenty two", "seven!")]
+    for completion in sampler.sample(prompts, [1, 2, 3]):
+        assert completion.truncated == (completion.token_ids[-1] not in ends)
+        assert not set(completion.token_ids[:-1]) & set(ends)
+        assert len(completion.token_ids) == 40 or not completion.truncated
 
 
 def test_what_a_row_samples_depends_on_its_seed_alone():

@@ -167,6 +167,16 @@ def test_a_log_that_is_no_json_is_named(tmp_path):
         read_run(tmp_path)
 
 
+@pytest.mark.parametrize("share", [0, 0.5])
+def test_a_table_that_a_kill_has_cut_short_is_named(tmp_path, share):
+    table = make_run(tmp_path, {1: make_rows(1), 2: make_rows(2)}) / "completions" / "completions_00002.parquet"
+    table.write_bytes(table.read_bytes()[: int(share * table.stat().st_size)])
+    with pytest.raises(ValueError, match=r"completions_00002\.parquet must be a complete table.* Remove it"):
+        write_report(tmp_path)
+    table.unlink()
+    assert write_report(tmp_path).exists()
+
+
 def test_the_steps_that_fit_are_evenly_spaced_with_the_first_and_the_last():
     tables = dict.fromkeys(range(10, 1010, 10), 64)
     assert choose_steps(tables, 6400) == list(tables)
@@ -353,6 +363,18 @@ def test_rules_on_completions():
     ]  # fmt: skip
     held_out = [{**row, "opo/split": "eval"} for row in half[:4]]
     assert find(Evidence({}, group_rows(held_out, ["scored"]))) == []
+
+
+@pytest.mark.parametrize("unscorable", [0, 1])
+def test_the_examples_of_a_constant_reward_have_rewards(unscorable):
+    rows = make_rows(1, groups=1, size=4, scored=0.0)
+    for number, row in enumerate(rows):
+        row |= {"completion": f"it is {number}", "opo/reward": 0.0}
+    rows[unscorable] |= {"scored": None, "opo/reward": None}
+    log = {"reward": [0.0] * 4, "reward_std": [0.0] * 4}
+    found = find(Evidence(metric_series(log_of(**log)), group_rows(rows, ["scored"])))
+    examples = next(finding.examples for finding in found if finding.title == "The reward is always 0")
+    assert [title for title, _ in examples if title.startswith("reward")] == ["reward 0", "reward 0"]
 
 
 @pytest.mark.parametrize("kind", [*TITLES, "healthy"])

@@ -18,8 +18,9 @@ def drop_overlapping(
     """
     Drop every problem that shares a run of `ngram_size` words with a problem of an evaluation set.
 
-    Words are letters and digits, upper or lower case alike. A shorter problem is dropped where all of it equals a short
-    problem of the other set. 13 words are what Brown et al. 2020 (arXiv 2005.14165, appendix C) call an overlap.
+    Words are letters and digits, upper or lower case alike. A shorter problem is dropped where all of it, the signs of
+    its operations included, equals a short problem of the other set. 13 words are what Brown et al. 2020 (arXiv
+    2005.14165, appendix C) call an overlap.
 
     Args:
         dataset ([`~datasets.Dataset`]):
@@ -97,5 +98,8 @@ def _keep(dataset: Dataset, kept: list[int], reason: str) -> Dataset:
 def _ngrams(prompt: Any, size: int, instruction: str | None) -> set[tuple[str, ...]]:
     if not isinstance(prompt, str):
         prompt = "\n".join(message["content"] for message in prompt if message["role"] == "user")
-    words = re.findall(r"\w+", prompt.strip().removesuffix(instruction or "").casefold())
-    return {tuple(words[i : i + size]) for i in range(max(len(words) - size, 0) + 1)}
+    text = prompt.strip().removesuffix(instruction or "").casefold()
+    words = re.findall(r"[^\W_]+", text)
+    if len(words) < size:  # 17+8-12 and 17-8+12 have the same words
+        return {tuple(re.findall(r"[^\W_]+|[-+*/^=<>!|]", text))}
+    return {tuple(words[i : i + size]) for i in range(len(words) - size + 1)}

@@ -65,7 +65,7 @@ def load_math_dataset(
         instruction (`str`, *optional*):
             Line added to each problem. `None` or an empty string adds nothing.
         system_prompt (`str`, *optional*):
-            System message put before each problem.
+            System message put before each problem; a prompt of messages must not begin with another one.
         keep_columns (`Sequence[str]`, *optional*, defaults to `()`):
             Further columns to keep as they are, such as `level`, where the dataset has them.
         require_columns (`bool`, *optional*, defaults to `True`):
@@ -82,8 +82,9 @@ def load_math_dataset(
 
     Raises:
         ValueError: If a column is missing (with the columns found), an answer is a list or a dictionary, a saved
-            dataset does not have the split, no problem with an answer is left, the file does not exist or is of another
-            format, or `keep_columns` names a column that is written here.
+            dataset does not have the split, a prompt has a system message besides `system_prompt`, no problem with an
+            answer is left, the file does not exist or is of another format, or `keep_columns` names a column that is
+            written here.
     """
     if written := {"prompt", "solution", "id"}.intersection(keep_columns):
         raise ValueError(
@@ -131,6 +132,12 @@ def load_math_dataset(
         else:
             messages = [{"role": "user", "content": f"{problem}\n{instruction}" if instruction else str(problem)}]
         if system_prompt:
+            if messages[0]["role"] == "system":
+                raise ValueError(
+                    f"`system_prompt` is put before each prompt, which must not begin with a system message; in "
+                    f"{name_or_path!r} one does: {messages[0]['content']!r}. Leave `system_prompt` out, or remove the "
+                    "message from the dataset."
+                )
             messages = [{"role": "system", "content": system_prompt}, *messages]
         others = {name: row[name] for name in kept}
         rows.append({"prompt": messages, "solution": solution or None, "id": row_id, **others})

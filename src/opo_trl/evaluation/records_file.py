@@ -1,5 +1,6 @@
 """Records on disk: JSON lines, appended as they come by one process each, merged at the end."""
 
+import glob
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -48,8 +49,7 @@ def part_path(path: Path, rank: int) -> Path:
 
 def read_parts(path: Path) -> list[Record]:
     """Every record there is on the way to `path`, by however many processes."""
-    parts = sorted(path.parent.glob(f"{path.stem}.part-*.jsonl"))
-    return [record for part in ([path] if path.exists() else []) + parts for record in read_records(part)]
+    return [record for part in ([path] if path.exists() else []) + _parts(path) for record in read_records(part)]
 
 
 def merge_parts(path: Path, problems: Sequence[str]) -> list[Record]:
@@ -65,6 +65,10 @@ def merge_parts(path: Path, problems: Sequence[str]) -> list[Record]:
     merged.unlink(missing_ok=True)
     append_records(merged, records)
     merged.replace(path)
-    for part in path.parent.glob(f"{path.stem}.part-*.jsonl"):
+    for part in _parts(path):
         part.unlink()
     return records
+
+
+def _parts(path: Path) -> list[Path]:
+    return sorted(path.parent.glob(f"{glob.escape(path.stem)}.part-*.jsonl"))

@@ -60,8 +60,9 @@ class TransformersSampler:
         self._law = GenerationConfig(
             do_sample=False,
             max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-            eos_token_id=self._ends,
+            # What stands before a prompt and after a completion has no effect; any token will do.
+            pad_token_id=next((token for token in (tokenizer.pad_token_id, *self._ends) if token is not None), 0),
+            eos_token_id=self._ends or None,
         )
 
     def sample(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> list[Completion]:
@@ -141,9 +142,9 @@ def sample_completions(
 
 
 def end_tokens(declared: int | list[int] | None, tokenizer: Any) -> list[int]:
-    """Tokens that end a completion: those of the model's generation config and the tokenizer's."""
+    """Tokens that end a completion: those of the model's generation config and the tokenizer's, if it has one."""
     declared = [] if declared is None else [declared] if isinstance(declared, int) else list(declared)
-    return sorted({*declared, tokenizer.eos_token_id})
+    return sorted({*declared, tokenizer.eos_token_id} - {None})
 
 
 def to_completion(ids: list[int], ends: list[int], tokenizer: Any) -> Completion:

@@ -1,10 +1,9 @@
 """Sampling by vLLM, behind the interface of [`~opo_trl.evaluation.sampling.TransformersSampler`]. Imports vLLM late."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig
+from transformers import AutoConfig, GenerationConfig
 
 from .sampling import Completion, end_tokens, to_completion
 
@@ -30,6 +29,15 @@ def max_lora_rank(config: Any) -> int:
             "transformers."
         )
     return next(allowed for allowed in LORA_RANKS if allowed >= rank)
+
+
+def declared_ends(model: str) -> int | list[int] | None:
+    """Tokens that a model says end a completion, as transformers reads them where it loads the model."""
+    try:
+        ends: int | list[int] | None = GenerationConfig.from_pretrained(model).eos_token_id
+    except OSError:  # there is no generation_config.json
+        ends = AutoConfig.from_pretrained(model).get_text_config().eos_token_id
+    return ends
 
 
 class VllmSampler:
@@ -74,10 +82,7 @@ class VllmSampler:
         if adapter is not None:
             engine |= {"enable_lora": True, "max_lora_rank": max_lora_rank(PeftConfig.from_pretrained(adapter))}
             self._adapter = LoRARequest("adapter", 1, adapter)
-        declared = None
-        if not Path(model).is_dir() or (Path(model) / "generation_config.json").is_file():
-            declared = GenerationConfig.from_pretrained(model).eos_token_id
-        self._ends = end_tokens(declared, tokenizer)
+        self._ends = end_tokens(declared_ends(model), tokenizer)
         # "vllm" leaves the model's own generation config aside, which may cut tails.
         self.llm = LLM(model=model, generation_config="vllm", **engine)
 

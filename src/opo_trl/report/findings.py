@@ -353,7 +353,7 @@ def _different_completions(groups: Sequence[Group]) -> list[tuple[str, str]]:
         (_last_number(one) != _last_number(two), group, one, two)
         for group in groups
         for one, two in pairwise(group.completions)
-        if one.messages != two.messages and one.reward is not None
+        if one.messages != two.messages and one.reward is not None and two.reward is not None
     ]
     if not candidates:
         return []

@@ -3,7 +3,7 @@
 import html
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from itertools import chain
 from pathlib import Path
@@ -146,11 +146,12 @@ def _read_groups(
         choose_steps({}, max_completions, steps)
         return [], [], [HOW_TO_LOG_COMPLETIONS]
     parquet = _parquet()
-    sizes = {step: parquet.read_metadata(path).num_rows for step, path in run.tables.items()}
+    sizes = {step: _read_table(parquet.read_metadata, path).num_rows for step, path in run.tables.items()}
     chosen = choose_steps(sizes, max_completions, steps)
     groups = list(
         chain.from_iterable(
-            group_rows(parquet.read_table(run.tables[step]).to_pylist(), run.reward_names) for step in chosen
+            group_rows(_read_table(parquet.read_table, run.tables[step]).to_pylist(), run.reward_names)
+            for step in chosen
         )
     )
     shown, total = sum(sizes[step] for step in chosen), sum(sizes.values())
@@ -167,7 +168,7 @@ def _run_facts(run: RunFiles) -> list[tuple[str, str]]:
         facts.append(("reward functions", ", ".join(run.reward_names)))
     seconds = next((entry["train_runtime"] for entry in reversed(run.log) if "train_runtime" in entry), None)
     if seconds is not None:
-        facts.append(("training time", f"{seconds:.{0 if seconds >= 10 else 1}f} s"))
+        facts.append(("training time since the last start", f"{seconds:.{0 if seconds >= 10 else 1}f} s"))
     if run.log_file is not None:
         facts.append(("log", str(run.log_file.relative_to(run.directory))))
         written = datetime.fromtimestamp(run.log_file.stat().st_mtime).astimezone()
@@ -190,7 +191,7 @@ def _table_content(groups: Sequence[Group], functions: Sequence[str], trained_kn
     judges += [name for name in functions if len(functions) > 1]
     return {
         "functions": functions,
-        "judges": ["reward" if judge is None else judge for judge in judges],
+        "judges": ["trained reward" if judge is None else judge for judge in judges],
         "extras": list(
             dict.fromkeys(name for each in completions for name, value in each.extra.items() if value is not None)
         ),
@@ -257,3 +258,14 @@ def _parquet() -> Any:
     except ImportError as error:
         raise ImportError(_MISSING.format(name="pyarrow")) from error
     return parquet
+
+
+def _read_table(read: Callable[[Path], Any], path: Path) -> Any:
+    """Read a completions table; TRL writes it in place, so a run that was killed may have left half of one."""
+    try:
+        return read(path)
+    except ValueError as error:
+        raise ValueError(
+            f"{path} must be a complete table of completions, got a file that cannot be read: {error}. Remove it to "
+            "build the report from the run's other files."
+        ) from error

@@ -206,7 +206,7 @@
 
   // ---- Completions
 
-  // The reward by which filters judge: that of training, or of one of several functions.
+  // The reward by which filters judge: the trained one, which is the name of no function, or that of a function.
   function judged(row) {
     const place = data.functions.indexOf(data.judges[state.judge]);
     return place < 0 ? row.reward : row.rewards[place];
