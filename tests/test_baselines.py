@@ -91,6 +91,16 @@ def test_equal_lengths_reduce_to_the_group_mean(batch, length):
     assert torch.allclose(baseline, rewards.mean(dim=1, keepdim=True), atol=1e-5)
 
 
+@pytest.mark.parametrize("exponent", [0.5, 3.0, 12.0, 40.0])
+@pytest.mark.parametrize("unit", [1e-30, 1.0, 1e30])
+def test_a_high_power_of_long_completions_is_a_baseline(exponent, unit):
+    """The weights' unit cancels, so that none is too large or too small for its power."""
+    rewards, lengths = torch.tensor([[0.0, 1.0, 1.0, 0.25]]), [24_576, 20_000, 3, 17]
+    expected = oracle_baseline(rewards[0].tolist(), lengths, exponent)
+    found = optimal_baseline(rewards, unit * torch.tensor([lengths], dtype=torch.float32), exponent)
+    assert found.item() == pytest.approx(expected, rel=1e-5)
+
+
 @given(batches())
 def test_exponent_zero_is_the_mean_of_what_takes_part(batch):
     rewards, lengths = batch

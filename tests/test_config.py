@@ -158,6 +158,12 @@ def test_generation_kwargs_must_not_change_the_law(settings, named):
         config(generation_kwargs=settings)
 
 
+@pytest.mark.parametrize("settings", [{"n": 1}, {"n": None}, {"logprobs": None}, {"logprobs": 0}])
+def test_what_trl_asks_an_engine_for_is_not_for_the_user(settings):
+    with pytest.raises(ValueError, match=f"must not have `{next(iter(settings))}`, which the trainer itself sets"):
+        config(generation_kwargs=settings)
+
+
 def test_neutral_generation_kwargs_are_allowed():
     settings = {"top_p": 1.0, "num_beams": 1, "do_sample": True, "temperature": 0.7, "min_p": 0, "use_cache": True}
     assert config(generation_kwargs=settings, temperature=0.7).generation_kwargs == settings

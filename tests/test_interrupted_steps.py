@@ -7,7 +7,7 @@ from transformers import Trainer, TrainerCallback
 from opo_trl import OPOTrainer
 from test_resume import prompts_of_each_step, sampling_trainer
 from test_trainer import reinforce_update, scripted_groups
-from tiny import relative_error, scripted_trainer, tiny_model, update_of
+from tiny import relative_error, scripted_dataset, scripted_rollout, scripted_trainer, tiny_model, update_of
 
 HALVES = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}  # two prompts a step
 
@@ -98,6 +98,45 @@ def test_after_the_best_weights_are_loaded_the_engine_gets_them(tmp_path, monkey
     trainer.use_vllm, trainer._last_loaded_step = True, 0
     trainer._load_best_model()
     assert trainer._last_loaded_step != trainer.state.global_step
+
+
+def test_after_averaged_weights_are_evaluated_the_engine_gets_the_trained_ones(tmp_path):
+    """A schedule-free optimizer swaps them in for an evaluation, without a step of its own."""
+
+    class Averaging(torch.optim.SGD):
+        shift = 0.0
+
+        def eval(self):
+            self._move(1.0)
+
+        def train(self):
+            self._move(0.0)
+
+        def _move(self, shift):
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.data += shift - self.shift
+            self.shift = shift
+
+    class Engine:
+        def sync_weights(self):
+            self.weights = [parameter.detach().clone() for parameter in trainer.model.parameters()]
+
+    sampled = []
+
+    def rollout(prompts, trainer):
+        same = all(map(torch.equal, trainer.vllm_generation.weights, trainer.model.parameters()))
+        sampled.append((trainer.model.training, same))
+        return scripted_rollout(prompts, trainer)
+
+    model = tiny_model()
+    trainer = scripted_trainer(
+        tmp_path, model, rollout=rollout, optimizers=(Averaging(model.parameters(), lr=0.1), None), max_steps=3,
+        eval_dataset=scripted_dataset(2), eval_strategy="steps", eval_steps=1,
+    )  # fmt: skip
+    trainer.use_vllm, trainer._last_loaded_step, trainer.vllm_generation = True, -1, Engine()
+    trainer.train()
+    assert sampled == [(True, True), (False, True)] * 3
 
 
 def test_an_epoch_that_is_stopped_at_a_step_is_followed_by_another_order(tmp_path):

@@ -15,8 +15,13 @@ from datasets import Dataset, IterableDataset
 from transformers import AutoTokenizer
 
 from opo_trl import OPOTrainer
-from opo_trl.on_policy.preflight import check_tools_with_vllm
-from opo_trl.on_policy.reward_parameters import _PASSED_BY_TRL, check_reward_parameters, column_parameters
+from opo_trl.on_policy.preflight import check_tools_with_vllm, check_tools_without_vllm
+from opo_trl.on_policy.reward_parameters import (
+    _PASSED_BY_TRL,
+    check_reward_parameters,
+    column_parameters,
+    reward_names,
+)
 from opo_trl.on_policy.unknown_tokens import warn_of_unknown_tokens
 from opo_trl.rewards import boxed_format_reward, math_verify_reward
 from opo_trl.runs.reward_values import check_reward_values
@@ -199,7 +204,8 @@ def test_the_columns_that_count_are_those_that_the_trainer_passes_on():
     check_parameters(takes_another_column, answers, {"gsm8k": answers})
     with pytest.raises(ValueError, match=r"`eval_dataset\['gsm8k'\]` has the columns \['prompt', 'solution'\]"):
         check_parameters(takes_another_column, answers, {"math": answers, "gsm8k": PROBLEMS})
-    with pytest.raises(ValueError, match=r"requires \['solution'\], `train_dataset` has the columns \['prompt'\]"):
+    left = r"the columns \['prompt', 'solution'\], of which `remove_unused_columns=True` leaves \['prompt'\]"
+    with pytest.raises(ValueError, match=rf"requires \['solution'\], `train_dataset` has {left}.*unused_columns=False"):
         check_parameters(takes_columns, config={"remove_unused_columns": True})
     with pytest.raises(ValueError, match=r"requires \['answer'\]"):
         check_parameters(takes_another_column, PROBLEMS.to_iterable_dataset())
@@ -209,6 +215,19 @@ def test_the_columns_that_count_are_those_that_the_trainer_passes_on():
     check_parameters(takes_another_column, environment_factory=Judge)
     with pytest.raises(ValueError, match=r"requires \['answer'\]"):
         check_parameters(takes_another_column, rollout_func=None, environment_factory=None)
+
+
+@pytest.mark.parametrize("name", ["prompts", "completions", "trainer_state", "log_extra", "log_metric"])
+def test_a_column_with_the_name_of_an_argument_is_refused(name):
+    rows = PROBLEMS.add_column(name, ["a"] * len(PROBLEMS))
+    with pytest.raises(ValueError, match=rf"`train_dataset` has \['{name}'\]\. Rename or remove it"):
+        check_parameters(takes_columns, rows)
+    check_parameters(tiny_model(), rows)  # a reward model gets no columns
+
+
+@pytest.mark.parametrize("name", ["completion", "completion_ids"])
+def test_a_column_that_trl_leaves_out_is_no_argument(name):
+    check_parameters(takes_columns, PROBLEMS.add_column(name, ["a"] * len(PROBLEMS)))
 
 
 def test_the_arguments_are_those_that_trl_passes(tmp_path):
@@ -221,6 +240,42 @@ def test_the_arguments_are_those_that_trl_passes(tmp_path):
 
     trainer(tmp_path, reward_funcs=reward).train()
     assert seen[0] == {*_PASSED_BY_TRL, "solution"}
+
+
+@pytest.mark.parametrize(
+    ("num_processes", "sharded", "refused"), [(2, True, True), (1, True, False), (2, False, False), (1, False, False)]
+)
+def test_tools_need_complete_weights_in_each_process(num_processes, sharded, refused):
+    with pytest.raises(ValueError, match="got FSDP or ZeRO-3 with 2") if refused else nullcontext():
+        check_tools_without_vllm(num_processes, sharded)
+
+
+class Correct:
+    """A callable object, which TRL logs under the name of its class."""
+
+    def __call__(self, completions, **kwargs):
+        return [1.0] * len(completions)
+
+
+@pytest.mark.parametrize(
+    ("given", "functions", "logged"),
+    [
+        ("Correct", Correct(), ["Correct"]),
+        ("boxed_format_reward", [partial(boxed_format_reward)], ["boxed_format_reward"]),
+        (None, [boxed_format_reward, partial(math_verify_reward)], ["boxed_format_reward", "math_verify_reward"]),
+    ],
+)
+def test_the_reward_of_pass_at_k_is_named_as_trl_logs_it(tmp_path, given, functions, logged):
+    args = tiny_config(tmp_path, pass_at_k_reward=given, num_generations_eval=2)
+    evaluated = trainer(tmp_path, args=args, reward_funcs=functions, eval_dataset=PROBLEMS)
+    assert evaluated.reward_func_names == logged == reward_names(functions)
+    assert {"eval_pass@1", "eval_pass@2"} <= set(evaluated.evaluate())
+
+
+def test_a_reward_that_is_not_there_is_refused_before_the_model_loads(tmp_path, no_model, chat_model_dir):
+    args = tiny_config(tmp_path, pass_at_k_reward="Correct")
+    with pytest.raises(ValueError, match=r"one of the reward functions \['boxed_format_reward'\], got 'Correct'"):
+        trainer(tmp_path, model=str(chat_model_dir), args=args, reward_funcs=boxed_format_reward)
 
 
 def test_a_reward_is_checked_before_the_model_loads(tmp_path, no_model, chat_model_dir):

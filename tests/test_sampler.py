@@ -90,8 +90,24 @@ def test_a_neutral_minimum_probability_shuts_the_leak(tmp_path):
 
 
 def test_an_open_top_k_falls_back_to_50_and_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="top_k=50"):
+    with pytest.raises(ValueError, match=r"top_k=50.* `top_k` is None in OPOConfig.* leave it out"):
         sampling_trainer(tmp_path, tiny_model(), top_k=None)
+
+
+@pytest.mark.parametrize("ends", [5, [1, 5]])
+def test_an_end_token_that_trl_does_not_cut_at_is_refused(tmp_path, ends):
+    """Padding after it would be trained; where the model declares it, completions are cut there."""
+    settings = {"generation_kwargs": {"eos_token_id": ends}, "max_completion_length": 24}
+    with pytest.raises(
+        ValueError, match=r"padding after \[5\] would be trained.*generation_config.eos_token_id = \[1, 5\]"
+    ):
+        sampling_trainer(tmp_path, tiny_model(), **settings)
+    model = tiny_model()
+    model.generation_config.eos_token_id = [1, 5]
+    trainer = sampling_trainer(tmp_path, model, **settings)
+    completions, _ = trainer._generate_single_turn([[7, 8]] * 64, None, {}, 4)
+    assert not any({1, 5}.intersection(ids[:-1]) for ids in completions)
+    assert any(ids[-1] == 5 for ids in completions)
 
 
 def test_the_sampler_is_looked_at_again_when_training_starts(tmp_path):

@@ -1,5 +1,6 @@
 """One step of OPO is the gradient of the paper, whatever surrounds it: the update against a hand-written oracle."""
 
+import copy
 import math
 
 import numpy as np
@@ -8,7 +9,17 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, FalconConfig, GPT2Config, MixtralConfig, OPTConfig
+from transformers import (
+    AutoModelForCausalLM,
+    FalconConfig,
+    GPT2Config,
+    GPTBigCodeConfig,
+    GPTJConfig,
+    GPTNeoConfig,
+    MixtralConfig,
+    OPTConfig,
+    XGLMConfig,
+)
 from trl import GRPOConfig, GRPOTrainer
 
 from opo_trl import OPOConfig, OPOTrainer
@@ -193,6 +204,29 @@ def test_the_training_forward_of_any_architecture_is_deterministic(tmp_path, con
     trainer.model.train()
     after = [trainer.model(tokens).logits for _ in range(4)]
     assert all(torch.equal(after[0], logits) for logits in after[1:])
+
+
+@pytest.mark.parametrize("with_adapter", [False, True])
+@pytest.mark.parametrize(
+    "config_class", [GPT2Config, GPTBigCodeConfig, GPTNeoConfig, XGLMConfig, OPTConfig, GPTJConfig]
+)
+def test_prompts_of_other_lengths_do_not_shift_absolute_positions(tmp_path, config_class, with_adapter):
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "vocab_size": len(VOCABULARY), "initializer_range": 0.2}
+    special = {
+        GPTNeoConfig: {"num_layers": 2, "attention_types": [[["global"], 2]]},
+        GPTJConfig: {"rotary_dim": 8},
+        OPTConfig: {"word_embed_proj_dim": 32, "ffn_dim": 48, "init_std": 0.2},
+        XGLMConfig: {"init_std": 0.2},
+    }
+    config = config_class(**{"num_hidden_layers": 2, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+                          | sizes | special.get(config_class, {}), max_position_embeddings=64)  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    if with_adapter:
+        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    expected = reinforce_update(copy.deepcopy(model), scripted_groups())
+    update = update_of(scripted_trainer(tmp_path, model, **WHOLE_SCRIPT))
+    assert relative_error(update, expected) < 1e-5
 
 
 @pytest.mark.parametrize("coefficient", [0.0, 0.5])
@@ -569,6 +603,37 @@ def test_messages_without_a_chat_template_are_refused_before_the_model_loads(tmp
         dataset,
         processing_class=tiny_tokenizer(chat_template=CHAT_TEMPLATE),
     )
+
+
+def test_a_rollout_function_renders_messages_by_itself(tmp_path, base_model_dir):
+    """TRL gives it the messages, so a tokenizer without a chat template will do."""
+    dataset = Dataset.from_list([{"prompt": [{"role": "user", "content": text}], "score": 0.0} for text in SCRIPT])
+    seen = []
+
+    def rollout(prompts, trainer):
+        seen.append(prompts[0][0]["role"])
+        return scripted_rollout([messages[0]["content"] for messages in prompts], trainer)
+
+    trainer = scripted_trainer(tmp_path, rollout=rollout, train_dataset=dataset, reward_funcs=boxed_format_reward)
+    assert trainer.processing_class.chat_template is None
+    trainer.train()
+    assert seen == ["user"]
+
+
+def test_an_evaluation_in_batches_without_complete_groups_is_refused_before_it_generates(tmp_path):
+    """TRL checks it only with an `eval_strategy`, and fails after the generation."""
+    generated = []
+
+    def rollout(prompts, trainer):
+        generated.append(len(prompts))
+        return scripted_rollout(prompts, trainer)
+
+    trainer = scripted_trainer(tmp_path, rollout=rollout, eval_dataset=scripted_dataset(), per_device_eval_batch_size=6)
+    with pytest.raises(
+        ValueError, match=r"6\) \* 1 process\(es\) = 6 must be a multiple of `num_generations_eval` = 4"
+    ):
+        trainer.evaluate()
+    assert not generated
 
 
 def test_a_tokenizer_with_neither_pad_nor_eos_is_refused(tmp_path):

@@ -17,6 +17,7 @@ from tiny import (
     GROUP_SIZE,
     SCRIPT,
     relative_error,
+    rollout_with_empty_completions,
     scripted_rollout,
     scripted_trainer,
     tiny_config,
@@ -330,6 +331,43 @@ def test_a_rollout_functions_logprobs_count_only_when_asked_for(tmp_path, monkey
         **WHOLE_SCRIPT,
     )
     assert relative_error(update_of(asked), corrected_update()[0]) < 1e-5
+
+
+@pytest.mark.parametrize("placeholders", [None, [[0.0]], [[]]])
+def test_placeholders_for_log_probabilities_do_no_harm(tmp_path, placeholders):
+    """TRL asks a rollout function for the key; without a correction nothing reads the values."""
+
+    def rollout(prompts, trainer):
+        values = None if placeholders is None else placeholders * len(prompts)
+        return {**scripted_rollout(prompts, trainer), "logprobs": values}
+
+    trainer = scripted_trainer(tmp_path, rollout=rollout, **WHOLE_SCRIPT)
+    assert relative_error(update_of(trainer), reinforce_update(tiny_model(), scripted_groups())) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda rows: None, "on rank 0, it is None"),
+        (lambda rows: [[0.0]] * len(rows), "completion 0 has 2 tokens and 1 of them"),
+        (lambda rows: [*rows[:-1], [*rows[-1], 0.0]], "completion 23 has 5 tokens and 6 of them"),
+        (lambda rows: rows[1:], "24 completions have 23 rows of them"),
+    ],
+)
+def test_a_correction_without_log_probabilities_is_refused(tmp_path, spoil, message):
+    def rollout(prompts, trainer):
+        output = scripted_rollout(prompts, trainer)
+        return {**output, "logprobs": spoil(output["logprobs"])}
+
+    trainer = scripted_trainer(tmp_path, rollout=rollout, rollout_importance_sampling_correction=True, **WHOLE_SCRIPT)
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+
+
+def test_an_empty_completion_needs_no_log_probability(tmp_path):
+    settings = {"rollout_importance_sampling_correction": True, **WHOLE_SCRIPT}
+    trainer = scripted_trainer(tmp_path, rollout=rollout_with_empty_completions, **settings)
+    assert all(torch.isfinite(each).all() for each in update_of(trainer).values())
 
 
 def test_the_sampler_is_the_policy_gives_weights_of_one(tmp_path):

@@ -380,16 +380,30 @@ class OPOConfig(GRPOConfig):
                 "`greater_is_better`. Set `lr_scheduler_kwargs={'mode': 'max'}`."
             )
 
+    def check_evaluation_batch(self) -> None:
+        """
+        Refuse to evaluate in batches that hold no complete groups; TRL checks this only with an `eval_strategy`.
+
+        Raises:
+            ValueError: With the values that would do.
+        """
+        explanation = self._explain_evaluation_batch()
+        if explanation is not None:
+            raise ValueError(explanation)
+
+    def _explain_evaluation_batch(self) -> str | None:
+        return _explain_division(
+            "evaluates",
+            {"per_device_eval_batch_size": self.per_device_eval_batch_size},
+            self.world_size,
+            self.num_generations_eval or self.num_generations,
+            "num_generations_eval",
+        )
+
     def _explain_batch_size(self) -> str | None:
         """Explain in the fields that users set which batch num_generations does not divide, and what to set instead."""
         if self.eval_strategy != "no":
-            explanation = _explain_division(
-                "evaluates",
-                {"per_device_eval_batch_size": self.per_device_eval_batch_size},
-                self.world_size,
-                self.num_generations_eval or self.num_generations,
-                "num_generations_eval",
-            )
+            explanation = self._explain_evaluation_batch()
             if explanation is not None:
                 return explanation
         if self._generation_batch_size_given or self.steps_per_generation != self.gradient_accumulation_steps:
@@ -495,6 +509,11 @@ class OPOConfig(GRPOConfig):
                     f"OPO {_OWN_SAMPLER}: with `use_vllm=True`, `{name}` must be {NEUTRAL_VALUES[name][1]!r}, got "
                     f"None, for which vLLM may use the model's own setting. Leave `{name}` out."
                 )
+        for name in sorted({"n", "logprobs"}.intersection(settings)):
+            raise ValueError(
+                f"`generation_kwargs` must not have `{name}`, which the trainer itself sets, got {settings[name]!r}. "
+                f"Remove `{name}` from `generation_kwargs`."
+            )
         for name in distribution_changes(settings):
             raise ValueError(
                 f"OPO {_OWN_SAMPLER}: `generation_kwargs` must not set `{name}` to {settings[name]!r}, which samples "

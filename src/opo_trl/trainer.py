@@ -130,7 +130,7 @@ class OPOTrainer(
             model, reward_funcs, args, train_dataset, eval_dataset, processing_class, *rest, **kwargs
         )
         super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, processing_class, *rest, **kwargs)
-        self._correct = CorrectCompletions(pass_at_k_reward(args.pass_at_k_reward, reward_funcs))
+        self._correct = CorrectCompletions(pass_at_k_reward(args.pass_at_k_reward, self.reward_func_names))
         self._rewards_per_func: torch.Tensor | None = None  # from TRL's scoring to the advantages
 
     def baseline(self, rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -154,6 +154,7 @@ class OPOTrainer(
 
     def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """Evaluate as [`~transformers.Trainer.evaluation_loop`] does, and add pass@k of the same completions."""
+        self.args.check_evaluation_batch()
         self._correct.clear()
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         if has_length(dataloader.dataset):  # the shard of a streamed dataset has a `__len__` that raises
@@ -222,6 +223,8 @@ class OPOTrainer(
         """Generate and score this rank's rows, and estimate their advantages: all of a step, or one of its rounds."""
         group_size = self.num_generations if self.model.training else self.num_generations_eval
         batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        if not self._corrects_sampler:  # many a rollout function returns placeholders, which need not fit the tokens
+            batch.pop("sampling_per_token_logps", None)
         assert self._rewards_per_func is not None
         rewards_per_func, self._rewards_per_func = self._rewards_per_func, None
         rewards = combine_rewards(rewards_per_func, self.reward_weights, group_size)  # (P, K)

@@ -51,7 +51,10 @@ def optimal_baseline(
         )
     rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
     active = takes_part(rewards, lengths)  # (P, K)
-    weights = torch.where(active, lengths.to(rewards.dtype) ** length_exponent, 0.0)  # (P, K)
+    lengths = lengths.to(rewards.dtype)
+    if length_exponent not in (0, 1):  # high powers of thousands of tokens overflow; b* does not depend on the unit
+        lengths = lengths / torch.where(active, lengths, 0.0).amax(dim=1, keepdim=True)
+    weights = torch.where(active, lengths**length_exponent, 0.0)  # (P, K)
     total_weight = weights.sum(dim=1, keepdim=True)  # (P, 1)
     weighted_sum = (weights * torch.where(active, rewards, 0.0)).sum(dim=1, keepdim=True)  # (P, 1)
     # A weighted mean lies between the smallest and the largest of its values. Rounding can push it outside by the last

@@ -4,14 +4,17 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from .determinism import disable_dropout
 from .engine_dtype import built_with_dtype, warn_of_other_dtype
-from .preflight import check_loaded_model
+from .positions import count_positions_from_the_first_token
+from .preflight import check_loaded_model, check_tools_without_vllm
+from .rollout_log_probabilities import with_log_probabilities
 from .rollout_position import check_position
 from .sampler_correction import SamplerCorrection, correct_sampler
 from .sampler_drift import SamplerDriftWarning
-from .sampling_settings import check_generation_config
+from .sampling_settings import check_end_tokens, check_generation_config
 from .self_test import SelfTest
 
 if TYPE_CHECKING:
@@ -34,13 +37,18 @@ class OnPolicyChecks(GRPOTrainer):
 
     args: Any
     model: Any
+    rollout_func: Any
     vllm_importance_sampling_correction: bool
 
     def __init__(self, model: Any, reward_funcs: Any, args: Any, *rest: Any, **kwargs: Any) -> None:
         with built_with_dtype(args, lambda: self.model):
             super().__init__(model, reward_funcs, args, *rest, **kwargs)
         check_loaded_model(self.model, args, self.get_tp_size(), self.get_cp_size(), self.get_sp_size())
+        if self.tools and not self.use_vllm:
+            sharded = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
+            check_tools_without_vllm(self.accelerator.num_processes, sharded)
         disable_dropout(self.model)
+        count_positions_from_the_first_token(self.model)
         self._check_sampler()
         # To correct the sampler's mismatch, the parent would run an extra forward of all completions for the old
         # policy. On-policy the old policy is the one that the loss runs: the loss corrects, and the parent does not.
@@ -56,6 +64,8 @@ class OnPolicyChecks(GRPOTrainer):
             else self.use_vllm and self.vllm_importance_sampling_correction
         )
         self.vllm_importance_sampling_correction = False
+        if self._corrects_sampler and self.rollout_func is not None:
+            self.rollout_func = with_log_probabilities(self.rollout_func)
         tolerance = args.vllm_logp_tolerance if self.use_vllm and self.rollout_func is None else None
         self.add_callback(SamplerDriftWarning(tolerance))
         self._self_test = SelfTest(
@@ -87,6 +97,7 @@ class OnPolicyChecks(GRPOTrainer):
                 self.processing_class,
                 merged=not self.use_transformers_continuous_batching,
             )
+            check_end_tokens(self.generation_config.eos_token_id, self.eos_token_ids)
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         if self.model.training:

@@ -1,7 +1,7 @@
 """What must hold of datasets, tokenizers and models, checked before anything expensive starts."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoProcessor
 from trl import GRPOTrainer, is_conversational
 
-from .reward_parameters import check_reward_parameters, columns_of, named_datasets
+from .reward_parameters import check_reward_parameters, columns_of, named_datasets, reward_names
 from .unknown_tokens import warn_of_unknown_tokens
 
 
@@ -50,13 +50,14 @@ def check_arguments(
     check_prompt_sampling(args, train_dataset)
     check_rollout_correction(args, given.get("rollout_func"))
     check_reward_parameters(reward_funcs, train_dataset, eval_dataset, args, given)
-    pass_at_k_reward(args.pass_at_k_reward, reward_funcs)
+    if not from_environment:  # which may give a reward of its own
+        pass_at_k_reward(args.pass_at_k_reward, reward_names(reward_funcs))
     check_continuous_batching(args, model)
     if given.get("tools") or from_environment:
         check_tools_with_vllm(args)
     check_model_directory(model)
     processing_class = load_processor(model, args) if processing_class is None else processing_class
-    check_tokenizer(train_dataset, processing_class)
+    check_tokenizer(train_dataset, processing_class, renders=given.get("rollout_func") is None)
     if args.process_index == 0:
         warn_of_unknown_tokens(train_dataset, processing_class)
     return processing_class
@@ -185,7 +186,7 @@ def load_processor(model: Any, args: Any) -> Any:
         )
 
 
-def check_tokenizer(dataset: Any, processing_class: Any) -> None:
+def check_tokenizer(dataset: Any, processing_class: Any, *, renders: bool = True) -> None:
     """
     Refuse a tokenizer that cannot render or pad the prompts of `dataset`.
 
@@ -194,9 +195,12 @@ def check_tokenizer(dataset: Any, processing_class: Any) -> None:
             Dataset whose first prompt is looked at; any other kind is taken to be plain text.
         processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
             Tokenizer, or a processor that holds one.
+        renders (`bool`, *optional*, defaults to `True`):
+            Whether the trainer renders the prompts. A `rollout_func` gets the messages themselves.
 
     Raises:
-        ValueError: If prompts are messages and there is no chat template, or there is neither a pad nor an eos token.
+        ValueError: If prompts are messages to be rendered and there is no chat template, or there is neither a pad nor
+            an eos token.
     """
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     if tokenizer.pad_token is None and tokenizer.eos_token is None:
@@ -205,7 +209,7 @@ def check_tokenizer(dataset: Any, processing_class: Any) -> None:
             "tokenizer.eos_token and pass the tokenizer as `processing_class`."
         )
     holds_messages = isinstance(dataset, Dataset) and "prompt" in dataset.column_names and is_conversational(dataset[0])
-    if holds_messages and not processing_class.chat_template:
+    if renders and holds_messages and not processing_class.chat_template:
         raise ValueError(
             f"Prompts are messages, so the tokenizer must have a chat template; {tokenizer.name_or_path!r} has none. "
             "Set tokenizer.chat_template and pass the tokenizer as `processing_class`, or use plain-text prompts "
@@ -280,6 +284,31 @@ def check_tools_with_vllm(args: Any) -> None:
         )
 
 
+def check_tools_without_vllm(num_processes: int, sharded: bool) -> None:
+    """
+    Refuse tools where transformers generates with a model whose weights are spread over ranks: the run would hang.
+
+    Each rank goes on to generate while one of its completions calls a tool, and generation gathers weights from all
+    ranks. A rank whose completions call none has left for the next step's collectives (TRL 1.16; no issue is known).
+
+    Args:
+        num_processes (`int`):
+            Processes of the run.
+        sharded (`bool`):
+            Whether the weights are spread over them, as under FSDP and ZeRO-3.
+
+    Raises:
+        ValueError: If both are so.
+    """
+    if num_processes > 1 and sharded:
+        raise ValueError(
+            "Tools and environments without vLLM need the complete weights in each process, got FSDP or ZeRO-3 with "
+            f"{num_processes} processes: ranks that call tools would wait forever for those that do not. Use "
+            "`use_vllm=True` with `vllm_mode='colocate'` and `vllm_tensor_parallel_size=1`, or train with plain data "
+            "parallelism or ZeRO-2."
+        )
+
+
 def check_continuous_batching(args: Any, model: Any) -> None:
     """
     Refuse continuous batching where it would round the policy's weights.
@@ -332,17 +361,21 @@ def check_data_parallel(tp_size: int, cp_size: int, sp_size: int) -> None:
             )
 
 
-def pass_at_k_reward(name: str | None, reward_funcs: Any) -> str | None:
+def pass_at_k_reward(name: str | None, names: Sequence[str]) -> str | None:
     """
     Name of the reward that decides what is correct in evaluation's pass@k, or `None` where there is none.
+
+    Args:
+        name (`str`, *optional*):
+            Name that the user gives; `None` chooses `math_verify_reward`.
+        names (`Sequence[str]`):
+            Names of the reward functions, as TRL logs them.
 
     Raises:
         ValueError: If `name` is given and no reward is called so.
     """
-    functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-    names = [getattr(function, "__name__", None) for function in functions]
     if name is None:
         return "math_verify_reward" if "math_verify_reward" in names else None
     if name not in names:
-        raise ValueError(f"`pass_at_k_reward` must name one of the reward functions {names}, got {name!r}.")
+        raise ValueError(f"`pass_at_k_reward` must name one of the reward functions {list(names)}, got {name!r}.")
     return name

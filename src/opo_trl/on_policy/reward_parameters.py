@@ -46,9 +46,10 @@ def check_reward_parameters(
         for name, dataset in named_datasets(train_dataset, eval_dataset):
             columns = columns_of(dataset)
             if columns is not None:
-                if args.remove_unused_columns:
-                    columns = [column for column in columns if column in _USED_COLUMNS]
-                _check_arguments(_function_name(function), parameters, name, columns)
+                _check_names(name, columns)
+                kept = [column for column in columns if not args.remove_unused_columns or column in _USED_COLUMNS]
+                removed = [column for column in columns if column not in kept]
+                _check_arguments(_function_name(function), parameters, name, kept, removed)
 
 
 def column_parameters(reward_funcs: Sequence[Any]) -> dict[str, bool]:
@@ -62,18 +63,41 @@ def column_parameters(reward_funcs: Sequence[Any]) -> dict[str, bool]:
     return found
 
 
-def _check_arguments(function: str, parameters: list[inspect.Parameter], dataset: str, columns: list[str]) -> None:
+def reward_names(reward_funcs: Any) -> list[str]:
+    """Names under which TRL logs reward functions, reward models and the names of reward models."""
+    functions = reward_funcs if isinstance(reward_funcs, list) else [] if reward_funcs is None else [reward_funcs]
+    return [_logged_name(function) for function in functions]
+
+
+def _check_names(dataset: str, columns: list[str]) -> None:
+    """Refuse columns that TRL would pass under the name of an argument of its own, or replace by it."""
+    taken = [column for column in columns if column in _PASSED_BY_TRL and column not in _NOT_PASSED]
+    if taken:
+        raise ValueError(
+            f"A column must not have the name of an argument that TRL itself passes to reward functions: `{dataset}` "
+            f"has {taken}. Rename or remove {'it' if len(taken) == 1 else 'them'}."
+        )
+
+
+def _check_arguments(
+    function: str, parameters: list[inspect.Parameter], dataset: str, columns: list[str], removed: list[str]
+) -> None:
     """Compare a reward function's parameters with what TRL calls it with: every argument by its name."""
     passed = [*_PASSED_BY_TRL, *(column for column in columns if column not in _NOT_PASSED)]
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     required = [each for each in parameters if each.default is inspect.Parameter.empty and each.kind not in variadic]
     missing = [each.name for each in required if each.name not in passed]
     if missing:
+        left = f", of which `remove_unused_columns=True` leaves {columns}" if removed else ""
+        fix = (
+            "Set `remove_unused_columns=False`."
+            if set(missing) <= set(removed)
+            else "Rename the column or the parameter, or give the parameter a default."
+        )
         raise ValueError(
             "The parameters of a reward function must be columns of the dataset or arguments that TRL passes: "
-            f"{function!r} requires {missing}, `{dataset}` has the columns {columns}, and TRL passes "
-            f"{list(_PASSED_BY_TRL)} and every column but `prompt`. Rename the column or the parameter, or give the "
-            "parameter a default."
+            f"{function!r} requires {missing}, `{dataset}` has the columns {columns + removed}{left}, and TRL passes "
+            f"{list(_PASSED_BY_TRL)} and every column but `prompt`, `completion` and `completion_ids`. {fix}"
         )
     positional = [each.name for each in required if each.kind is inspect.Parameter.POSITIONAL_ONLY]
     if positional:
@@ -101,6 +125,14 @@ def _parameters(function: Any) -> list[inspect.Parameter] | None:
         return list(inspect.signature(function, follow_wrapped=False).parameters.values())
     except (TypeError, ValueError):  # no signature, as of some functions in C
         return None
+
+
+def _logged_name(function: Any) -> str:
+    if isinstance(function, str | nn.Module):
+        model: Any = function
+        name: str = model if isinstance(model, str) else model.config.name_or_path
+        return name.split("/")[-1]
+    return _function_name(function)
 
 
 def _function_name(function: Any) -> str:

@@ -7,7 +7,7 @@ vLLM's `SamplingParams` that would draw from another one, with the values at whi
 compares it with the installed transformers, so that a new setting must be judged.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import ProcessorMixin
@@ -93,6 +93,8 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "speculation_type": (None,),
 }
 
+_OF_CONFIG = ("top_k", "top_p", "repetition_penalty")  # fields of OPOConfig that are neutral unless they are None
+
 
 def distribution_changes(settings: Mapping[str, Any]) -> list[str]:
     """
@@ -126,10 +128,41 @@ def check_sampling_settings(settings: Mapping[str, Any], temperature: float) -> 
         changed.append("temperature")
     if changed:
         listed = ", ".join(f"{name}={settings[name]!r}" for name in changed)
-        raise ValueError(
-            f"OPO samples from exactly the distribution that it trains, but the merged generation config has {listed}. "
+        fix = (
             "TRL leaves such settings to the model's generation_config.json: clear them there, or on the loaded model "
             f"with `model.generation_config.{changed[0]} = None`."
+        )
+        if changed[0] in _OF_CONFIG:  # None in OPOConfig: transformers' own default, which the model cannot clear
+            fix = f"`{changed[0]}` is None in OPOConfig, for which transformers has a default of its own: leave it out."
+        raise ValueError(
+            f"OPO samples from exactly the distribution that it trains, but the merged generation config has {listed}. "
+            f"{fix}"
+        )
+
+
+def check_end_tokens(ends: int | Sequence[int] | None, known: Sequence[int]) -> None:
+    """
+    Refuse a token that ends completions, and of which TRL does not know that it does.
+
+    transformers fills a completion with padding after its end. TRL cuts it after the end tokens of the model's
+    generation config and the tokenizer's, so padding after another one would be trained as if it had been sampled.
+
+    Args:
+        ends (`int` or `Sequence[int]`, *optional*):
+            `eos_token_id` of the generation config that TRL generates with.
+        known (`Sequence[int]`):
+            Tokens after which TRL cuts.
+
+    Raises:
+        ValueError: With the tokens and where to declare them.
+    """
+    unknown = sorted({*([] if ends is None else [ends] if isinstance(ends, int) else ends)} - {*known})
+    if unknown:
+        raise ValueError(
+            f"A token that ends completions must be declared by the model: `generation_kwargs` sets `eos_token_id` to "
+            f"{ends!r}, and TRL cuts completions after {list(known)} alone, so that the padding after {unknown} would "
+            f"be trained. Set `model.generation_config.eos_token_id = {[*known, *unknown]}` before the trainer is "
+            "built, and leave `eos_token_id` out of `generation_kwargs`."
         )
 
 

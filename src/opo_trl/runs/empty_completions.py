@@ -37,7 +37,12 @@ class EmptyCompletions:
             output = rollout_func(prompts, trainer)
             if "completion_ids" not in output:
                 return dict(output)  # TRL has a message for this
-            return {**output, "completion_ids": self.fill(output["completion_ids"])}
+            output = {**output, "completion_ids": self.fill(output["completion_ids"])}
+            if output.get("logprobs") is not None:  # one for each token
+                output["logprobs"] = [
+                    [0.0] if row in self._rows else logprobs for row, logprobs in enumerate(output["logprobs"])
+                ]
+            return output
 
         return filled
 

@@ -291,6 +291,14 @@ class ReliableRuns(GRPOTrainer):
             # An upload is no training: the parent's speed metrics count from `start_time`.
             return super()._finalize_training(trial, num_train_samples, start_time + time.time() - waits_from)
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate as the next class does; a vLLM engine gets the trained weights again where others are evaluated."""
+        output = super().evaluation_loop(*args, **kwargs)
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # in accelerate's wrapper
+        if self.use_vllm and hasattr(optimizer, "eval"):  # a schedule-free one: it evaluates averaged weights
+            self._last_loaded_step = -1  # the engine has them under the number of this step
+        return output
+
     def _load_best_model(self) -> None:
         super()._load_best_model()
         if self.use_vllm:  # whose engine has the weights of the last step, under the same number

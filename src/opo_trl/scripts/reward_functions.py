@@ -127,4 +127,4 @@ def pass_at_k_name(
         ValueError: If it is none of the reward functions.
     """
     logged = {name: function.__name__ for name, function in zip(names or DEFAULT, functions, strict=True)}
-    return pass_at_k_reward(None if given is None else logged.get(given, given), list(functions))
+    return pass_at_k_reward(None if given is None else logged.get(given, given), list(logged.values()))
