@@ -14,8 +14,13 @@ completions, with every baseline on the same groups.
 - **Variance** is the trace of the covariance of the estimator given the prompt: the unbiased one over disjoint groups,
   averaged over partitions and prompts. The variance between prompts is not included: no baseline changes it.
 - **Scale and cosine** compare the mean of the estimator with the gradient, which is estimated without bias from half of
-  all samples with the leave-one-out mean. Both are products of one half of the samples with the other half, so that
+  all samples with the leave-one-out mean. Both use products of one half of the samples with the other half, so that
   noise does not count as signal.
+- **The scale** of a baseline that does not contain the sample itself is 1: only what the sample changes in its own
+  baseline is measured. With share_i the weight of sample i in the baseline b, and b_i the baseline without it,
+  r_i - b = (1 - share_i) (r_i - b_i), and (r_i - b_i) g_i has the mean of the gradient. So the scale is
+  1 - c - E[(share_i - c) (r_i - b_i) g_i] . gradient / |gradient|^2 for any c. With c = 1/K, nothing has to be measured
+  for the group mean, whose scale is (K - 1) / K, and little for the others.
 - **Variance at equal scale** divides the variance by the squared scale: a baseline that contains the sample itself
   shrinks the gradient, and with it the variance; a larger learning rate compensates for that.
 - Intervals are 95 % percentile bootstraps over prompts, also for ratios.
@@ -29,7 +34,10 @@ only the probabilities of the sampled tokens. "exact" is the true |g_i|^2 (Eq. 9
 "optimum" is the best constant for the prompt, computed from all its samples.
 
 The inner products of each prompt are a file in `--raw_dir`, and so are the checkpoints between the stages: an
-interrupted measurement resumes, and a later one with more prompts or stages reads those that are there.
+interrupted measurement resumes, and a later one with more prompts or stages reads those that are there. `--report`
+computes the statistics of finished ones again, without a policy:
+
+    python benchmarks/gradient_variance.py --task smollm2 --report    # from results/variance_runs; a minute
 """
 
 import argparse
@@ -115,6 +123,19 @@ BASELINES: dict[str, Callable[[Completions, float], torch.Tensor]] = {
     "1 - pi": lambda group, best: optimal_baseline(group.rewards, group.surprises),
     "exact": lambda group, best: optimal_baseline(group.rewards, group.squared_norms),
     "optimum": lambda group, best: torch.full_like(group.rewards, best),
+}
+
+# The weights of those that are a weighted mean of a group's own rewards.
+OWN_WEIGHTS: dict[str, Callable[[Completions], torch.Tensor]] = {
+    "group mean": lambda group: torch.ones_like(group.lengths),
+    "OPO": lambda group: group.lengths,
+    "length^0.5": lambda group: group.lengths**0.5,
+    "length^1.6": lambda group: group.lengths**1.6,
+    "length^2": lambda group: group.lengths**2,
+    "logit norm": lambda group: group.logit_norms,
+    "uncertainty": lambda group: group.uncertainties,
+    "1 - pi": lambda group: group.surprises,
+    "exact": lambda group: group.squared_norms,
 }
 
 
@@ -222,18 +243,36 @@ def read_prompt(path: Path) -> Prompt:
     return Prompt(facts, products, tokens, redrawn)
 
 
+def own_shares(every: Completions, groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Weight of each sample in its own baseline, `(B, G, K)`, and the mean of that weight, `(B, 1, 1)`.
+
+    It is 0 for no baseline and for leave-one-out. The optimum is a mean over all samples of the prompt.
+    """
+    shares = torch.zeros(len(BASELINES), *groups.shape, dtype=torch.float64)
+    means = torch.zeros(len(BASELINES), 1, 1, dtype=torch.float64)
+    for i, name in enumerate(BASELINES):
+        if name in OWN_WEIGHTS:
+            weights = OWN_WEIGHTS[name](every.take(groups))
+            shares[i], means[i] = (weights / weights.sum(dim=1, keepdim=True)).nan_to_num(), 1 / groups.size(1)
+        elif name == "optimum":
+            shares[i], means[i] = (every.squared_norms / every.squared_norms.sum())[groups], 1 / len(every.rewards)
+    return shares, means
+
+
 def group_statistics(prompt: Prompt, group_size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
     """
     Variance of the estimator with every baseline on one prompt, and its products with the gradient.
 
     Returns:
-        `dict[str, torch.Tensor]`: baseline -> (4,): trace of the covariance; the product of the estimator's mean in one
-        half of the samples with that in the other half; with the gradient in the other half; and of the two gradients.
+        `dict[str, torch.Tensor]`: baseline -> (5,): trace of the covariance; the product of the estimator's mean in one
+        half of the samples with that in the other half; with the gradient in the other half; of the two gradients; and
+        the second last again, from what the samples change in their own baselines.
     """
     facts, products = prompt.completions, prompt.inner_products
     count = len(facts.rewards)
     best = float(optimal_baseline(facts.rewards[None], facts.squared_norms[None]))
-    totals = torch.zeros(len(BASELINES), 4, dtype=torch.float64)
+    totals = torch.zeros(len(BASELINES), 5, dtype=torch.float64)
     for _ in range(PARTITIONS):
         groups = torch.randperm(count, generator=generator)[: count // group_size * group_size].view(-1, group_size)
         half = len(groups) // 2
@@ -243,10 +282,14 @@ def group_statistics(prompt: Prompt, group_size: int, generator: torch.Generator
         weights = torch.stack([group.rewards - baseline(group, best) for baseline in BASELINES.values()]) / group_size
         overall = torch.zeros(len(BASELINES), count, dtype=torch.float64)
         overall[:, groups.flatten()] = weights.flatten(1) / len(groups)
+        shares, mean_shares = own_shares(facts, groups)  # (B, G, K), (B, 1, 1)
+        own = (shares - mean_shares) / (1 - shares).clamp(min=1e-12) * weights  # of sample i: (share_i - c) (r_i - b_i)
         means = torch.zeros(2, len(BASELINES), count, dtype=torch.float64)
+        changes = torch.zeros_like(means)
         gradient = torch.zeros(2, count, dtype=torch.float64)
         for part, members in enumerate(halves):
             means[part][:, members] = overall[:, members] * len(groups) / half
+            changes[part][:, members] = own[:, part * half : (part + 1) * half].flatten(1) / half
             rewards = facts.rewards[members][None]
             gradient[part, members] = ((rewards - leave_one_out(rewards, torch.ones_like(rewards))) / members.numel())[
                 0
@@ -262,6 +305,8 @@ def group_statistics(prompt: Prompt, group_size: int, generator: torch.Generator
                 ((means[0] @ products) * means[1]).sum(dim=1),
                 (means[1] @ true[0] + means[0] @ true[1]) / 2,
                 (true[0] @ gradient[1]).expand(len(BASELINES)),
+                (1 - mean_shares.flatten()) * (true[0] @ gradient[1])
+                - (changes[1] @ true[0] + changes[0] @ true[1]) / 2,
             ],
             dim=1,
         )
@@ -271,10 +316,10 @@ def group_statistics(prompt: Prompt, group_size: int, generator: torch.Generator
 def summarize_group_size(per_prompt: list[dict[str, torch.Tensor]]) -> dict[str, dict[str, Any]]:
     """For every baseline: its variance relative to that of other baselines, its scale and its cosine."""
     names = list(BASELINES)
-    values = torch.stack([torch.stack([found[name] for name in names]) for found in per_prompt])  # (prompts, B, 4)
+    values = torch.stack([torch.stack([found[name] for name in names]) for found in per_prompt])  # (prompts, B, 5)
 
     def scale(mean: torch.Tensor, i: int) -> torch.Tensor:
-        return mean[:, i, 2] / mean[:, i, 3]
+        return mean[:, i, 4] / mean[:, i, 3]
 
     def cosine(mean: torch.Tensor, i: int) -> torch.Tensor:
         return mean[:, i, 2] / (mean[:, i, 1].clamp(min=0) * mean[:, i, 3].clamp(min=0)).sqrt()
@@ -468,6 +513,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--raw_dir", type=Path, help="inner products and checkpoints; default: outputs/variance/TASK")
     parser.add_argument("--output", type=Path, help="default: gradient_variance.json, for other tasks with their names")
+    parser.add_argument("--report", action="store_true", help="only the statistics and figures of finished prompts")
     parser.add_argument("--check", action="store_true", help="write nothing; compare with --output")
     return parser
 
@@ -479,22 +525,17 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     args.stages = args.stages or list(task.stages)
     if unknown := set(args.stages) - set(task.stages):
         parser.error(f"--stages must be among {list(task.stages)}, got {sorted(unknown)}.")
-    if not args.models and not Path(task.policy).is_dir():
+    if not (args.models or args.report or Path(task.policy).is_dir()):
         parser.error(f"There is no policy in {task.policy}. `make_smollm2.py` writes that of the task smollm2.")
     args.max_new_tokens = args.max_new_tokens or task.max_completion_length
-    args.raw_dir = args.raw_dir or ROOT / "outputs" / "variance" / args.task
+    args.raw_dir = args.raw_dir or (RESULTS / "variance_runs" if args.report else ROOT / "outputs/variance") / args.task
     args.output = args.output or RESULTS / f"gradient_variance{suffix}.json"
     return args
 
 
-def main() -> None:
-    args = parse(make_parser())
-    task = TASKS[args.task]
-    keep_freed_memory()
-    disable_progress_bars()
-    logging.disable_progress_bar()
-
-    source = provenance()
+def measure_policies(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Completions]]:
+    """The report of measured policies, and their completions."""
+    source, task = provenance(), TASKS[args.task]
     # On a GPU, one policy at a time; on a CPU, which a small model does not fully use, one policy per core.
     processes = 1 if torch.cuda.is_available() else min(len(os.sched_getaffinity(0)), 4)
     paths = {one: one for one in args.models} if args.models else train_stages(task, args.stages, args.raw_dir)
@@ -502,10 +543,33 @@ def main() -> None:
         found = {policy: pool.submit(measure, policy, path, args) for policy, path in paths.items()}
         policies = {policy: future.result()[0] for policy, future in found.items()}
         completions = {policy: future.result()[1] for policy, future in found.items()}
-    print(*page_tables(policies).values(), sep="\n\n", flush=True)
     dataset = args.dataset or f"{args.task}:test"
     settings = {"dataset": dataset, "prompts": args.prompts, "samples": args.samples, "partitions": PARTITIONS}
-    report = {**source, "settings": {**settings, "seed": args.seed}, "policies": policies}
+    return {**source, "settings": {**settings, "seed": args.seed}, "policies": policies}, completions
+
+
+def summarize_again(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Completions]]:
+    """The report at `--output` with its statistics computed again from the prompts' files, and the completions."""
+    report: dict[str, Any] = json.loads(args.output.read_text())
+    completions: dict[str, Completions] = {}
+    args.samples, args.seed = report["settings"]["samples"], report["settings"]["seed"]
+    for policy, found in report["policies"].items():
+        paths = sorted((args.raw_dir / policy.replace("/", "-")).glob("*.npz"))
+        if len(paths) != report["settings"]["prompts"]:
+            raise SystemExit(f"{args.output} has {report['settings']['prompts']} prompts, {args.raw_dir} {len(paths)}.")
+        summary, completions[policy] = summarize([read_prompt(path) for path in paths], args)
+        found |= summary
+    return report, completions
+
+
+def main() -> None:
+    args = parse(make_parser())
+    keep_freed_memory()
+    disable_progress_bars()
+    logging.disable_progress_bar()
+    report, completions = summarize_again(args) if args.report else measure_policies(args)
+    policies = report["policies"]
+    print(*page_tables(policies).values(), sep="\n\n", flush=True)
     if args.check:
         count, apart = compared(report, json.loads(args.output.read_text()))
         print(f"{count - len(apart)} of {count} estimates agree with {args.output.name} within their intervals", *apart)

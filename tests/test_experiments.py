@@ -99,7 +99,7 @@ def test_the_variance_is_that_of_the_groups_own_estimates(group_size, monkeypatc
         group = prompt.completions.take(groups)
         advantages = group.rewards - BASELINES[name](group, 0.0)
         estimates = torch.einsum("gk,gkd->gd", advantages, gradients[groups]) / group_size
-        variance, with_itself, with_gradient, of_gradients = found[name].tolist()
+        variance, with_itself, with_gradient, of_gradients, _ = found[name].tolist()
         assert variance == pytest.approx(estimates.var(dim=0).sum().item())
         means = estimates[:half].mean(dim=0), estimates[half:].mean(dim=0)
         assert with_itself == pytest.approx((means[0] @ means[1]).item())
@@ -116,6 +116,14 @@ def test_the_group_mean_is_leave_one_out_shrunk():
     found = group_statistics(made_up_prompt()[0], 4, torch.Generator().manual_seed(0))
     assert found["group mean"][0] * (4 / 3) ** 2 == pytest.approx(found["leave-one-out"][0].item())
     assert found["group mean"][2] * (4 / 3) == pytest.approx(found["leave-one-out"][2].item())
+
+
+@pytest.mark.parametrize("group_size", [2, 4, 8])
+def test_a_scale_that_is_known_is_not_measured(group_size):
+    found = group_statistics(made_up_prompt()[0], group_size, torch.Generator().manual_seed(0))
+    for name, scale in {"none": 1, "leave-one-out": 1, "group mean": 1 - 1 / group_size}.items():
+        assert (found[name][4] / found[name][3]).item() == pytest.approx(scale, rel=1e-9)
+    assert (found["optimum"][4] / found["optimum"][3]).item() == pytest.approx(1, abs=0.05), "one of 64 samples"
 
 
 def test_proportional_weights_give_the_same_baseline():
@@ -145,6 +153,21 @@ def test_the_measured_bias_is_that_of_enumeration():
     facts = Completions(rewards, 1 + 2 * rewards, *[torch.ones(count).double()] * 4)
     found = group_statistics(Prompt(facts, gradients @ gradients.T), 2, torch.Generator().manual_seed(0))["OPO"]
     assert (found[2] / found[3]).item() == pytest.approx(expected_scale, abs=0.02)
+    assert (found[4] / found[3]).item() == pytest.approx(expected_scale, abs=0.002)
+
+
+def test_the_scale_varies_less_than_the_product_it_replaces(monkeypatch):
+    """Of the same expectation, over samples of the same made-up prompt, with a gradient that is hard to measure."""
+    monkeypatch.setattr(gradient_variance, "PARTITIONS", 4)
+    measured = []
+    for seed in range(200):
+        found = group_statistics(made_up_prompt(seed=seed)[0], 4, torch.Generator().manual_seed(seed))["OPO"]
+        measured.append(found[[2, 4, 3]])
+    direct, controlled, squared = torch.stack(measured).T
+    scales = direct.mean() / squared.mean(), controlled.mean() / squared.mean()
+    errors = [(product - scale * squared).std() for product, scale in zip((direct, controlled), scales, strict=True)]
+    assert abs(scales[0] - scales[1]) < 4 * errors[0] / 200**0.5 / squared.mean()
+    assert errors[1] < 0.6 * errors[0]
 
 
 def test_two_reports_agree_where_their_intervals_overlap():
