@@ -418,7 +418,7 @@ def test_the_long_chains():
     assert f"{redrawn} of {tokens:,} differ" in words
     first = results("gradient_variance-long_chains-1500")["policies"]["fresh"]
     assert f"had a pass@1 of {first['pass@1']:.2f}" in words
-    ratio = at_equal_scale(first)["OPO"]
+    ratio = first["group_sizes"]["8"]["OPO"]["over_group_mean"]
     assert f"its power was {first['within_groups']['lengths']['log_log_slope']['value']:.2f}" in words
     assert f"OPO's variance {ratio['value']:.2f} times the mean's ({ratio['low']:.2f} to {ratio['high']:.2f})" in words
 
