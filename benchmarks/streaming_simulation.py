@@ -9,8 +9,9 @@ by, not to quote as speed. The modes are:
 
 - "colocated": all GPUs sample, then all of them train. Engine and trainer change places twice a step (`SWITCH`).
 - "disaggregated": some GPUs sample while the others wait, then the others train while the first wait.
-- "streamed": as disaggregated, but a group is trained as soon as its last completion has ended. The optimizer steps
-  after the last group, so the gradient is that of the other modes.
+- "streamed": as disaggregated, but groups are trained in waves while others are sampled, as the trainer cuts them
+  (`opo_trl.rollouts.waves`): a wave ends with a micro-batch, and takes at least a quarter of the groups that are left.
+  The optimizer steps after the last group, so the gradient is that of the other modes.
 
 For every number of GPUs, the split with the shortest step is taken, for disaggregated and streamed apart.
 
@@ -39,6 +40,7 @@ from typing import Any
 import numpy as np
 
 from measuring import RESULTS, markdown_table, provenance
+from opo_trl.rollouts.waves import WaveSchedule
 
 # NVIDIA H100 SXM, data sheet.
 PEAK_FLOPS, BANDWIDTH, MEMORY = 989e12, 3.35e12, 80e9
@@ -52,6 +54,7 @@ SLOTS = 256  # vLLM's default number of requests that a GPU decodes together
 STEP_OVERHEAD = 2e-3  # s, of scheduling and sampling in each decoding step
 SYNC = 2.0  # s, for sending the weights to the engines
 SWITCH = 5.0  # s, for giving the GPU's memory to the other side, twice a step when colocated
+MICRO_BATCHES = 64  # of a step: 4 groups each
 WAVE = 0.5  # s, once per wave of groups that is trained
 TRAINER_BYTES = 18  # per parameter, sharded over the trainers: bf16 weights, fp32 gradient, master weights and Adam
 TRAINER_MEMORY = 60e9  # of a GPU that these may take, beside activations
@@ -141,13 +144,16 @@ def train_seconds(lengths: np.ndarray) -> np.ndarray:  # (P, K) -> (P,)
 
 
 def train_streamed(ends: np.ndarray, work: np.ndarray, devices: int) -> float:  # (P,), (P,)
-    """When the last group is trained if each wave takes what has ended by then."""
-    order, now, position = ends.argsort(), 0.0, 0
-    while position < len(order):
-        now = max(now, ends[order[position]])
-        arrived = position + int(np.searchsorted(ends[order[position:]], now, side="right"))
-        now += WAVE + float(work[order[position:arrived]].sum()) / devices
-        position = arrived
+    """When the last group is trained, in the waves of the trainer."""
+    schedule, order, now, taken = WaveSchedule(len(ends), MICRO_BATCHES), ends.argsort(), 0.0, 0
+    while taken < len(order):
+        complete = int(np.searchsorted(ends[order], now, side="right"))
+        size = schedule.wave_size(taken, complete - taken, len(order) - complete)
+        if size:
+            now += WAVE + float(work[order[taken : taken + size]].sum()) / devices
+            taken += size
+        else:
+            now = float(ends[order[complete]])
     return now
 
 
@@ -174,7 +180,7 @@ def step(workload: Workload, devices: int, seed: int, ends_of: dict[int, tuple[n
         update = float(work.sum()) / trainers
         for mode, last in (
             ("disaggregated", float(ends.max()) + WAVE + update),
-            ("streamed", train_streamed(ends[informative], work[informative], trainers)),
+            ("streamed", train_streamed(ends, work, trainers)),
         ):
             seconds = max(last, float(ends.max())) + SYNC
             found[mode][samplers] = {

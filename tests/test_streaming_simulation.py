@@ -44,6 +44,16 @@ def test_streamed_training_ends_between_its_two_bounds(devices):
     assert together == pytest.approx(7 + simulation.WAVE + work.sum() / devices), "one wave: nothing to overlap"
 
 
+def test_waves_are_those_of_the_trainer(monkeypatch):
+    """Eight groups in four micro-batches: by hand."""
+    monkeypatch.setattr(simulation, "MICRO_BATCHES", 4)
+    monkeypatch.setattr(simulation, "WAVE", 0.5)
+    ends, work = np.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 20.0]), np.full(8, 3.0)
+    # At 2: two groups, until 2 + 0.5 + 6 = 8.5. Then five are complete: four of them fill two micro-batches, until
+    # 8.5 + 0.5 + 12 = 21. The other two are trained then, until 21 + 0.5 + 6.
+    assert train_streamed(ends, work, 1) == pytest.approx(27.5)
+
+
 def test_lengths_vary_between_and_within_prompts_as_stated():
     for workload in WORKLOADS.values():
         lengths, informative = workload.draw(0)
