@@ -7,6 +7,7 @@ import statistics
 
 import pytest
 
+from measuring import interval as mean_interval
 from opo_report import page_tables as opo_tables
 from opo_trl.scripts.reporting import COLUMNS
 from pages import PAGES, ROOT, page, tables, the_table
@@ -483,6 +484,18 @@ def test_the_time_to_an_accuracy():
         for variant in ("opo", "opo_both")
     ]
     assert "OPO takes {:.0f} steps, and {:.0f} with both".format(*steps) in words
+    half = ratio("0.5", "opo", "seconds")
+    assert f"To half of it, it takes {half['mean']:.2f} times as many seconds ({half['low']:.2f} to {half['high']:.2f})" in words
+    brief = f"To half of it, GRPO takes {half['mean']:.1f}x ({half['low']:.1f} to {half['high']:.1f}) as many seconds"
+    assert brief in " ".join(README.split())
+    reached = measured["targets"]["0.9"]["variants"]["opo"]["reached"]
+    assert f"is reached by {reached} of {len(measured['final']['opo'])} OPO runs" in words
+    for other, sentence in {"opo": "difference {} points, {} to {}", "grpo": "{}, {} to {}: level"}.items():
+        pairs = zip(measured["final"]["opo_both"], measured["final"][other], strict=True)
+        ahead = mean_interval([100 * (one - another) for one, another in pairs])
+        numbers = [f"{ahead[name]:+.1f}" for name in ("mean", "low", "high")]
+        assert sentence.format(*numbers) in words
+    assert "({} points, {} to {})".format(*numbers) in " ".join(README.split())
     in_readme = f"GRPO takes {opo['mean']:.1f}x ({opo['low']:.1f} to {opo['high']:.1f}) as many seconds as OPO"
     assert in_readme in " ".join(README.split())
 
@@ -524,6 +537,14 @@ def test_opo_against_grpo():
         difference = measured["baselines_at_equal_rates"][rate]["opo_mean"]["difference_to_opo"]["pass@1"]
         mean, low, high = (f"{100 * difference[name]:+.1f}" for name in ("mean", "low", "high"))
         assert sentence.format(f"{mean} points, {low} to {high}") in " ".join(README.split())
+
+
+def test_two_steps_without_an_entropy_bonus():
+    rows = results("stability_map")["rows"]
+    one, two = (rows[f"grpo-{steps}"]["cells"]["3e-05"]["pass@1"] for steps in (1, 2))
+    ahead = mean_interval([100 * (b - a) for a, b in zip(one, two, strict=True)])
+    numbers = [f"{ahead[name]:+.1f}" for name in ("mean", "low", "high")]
+    assert "two steps are not ahead ({} points, {} to {})".format(*numbers) in " ".join(page("opo_vs_grpo").split())
 
 
 def test_the_simulated_steps():
