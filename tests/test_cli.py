@@ -60,6 +60,42 @@ def test_accelerate_has_no_default_to_warn_about_on_a_cpu(monkeypatch, tmp_path,
     assert configured.num_processes is None
 
 
+@pytest.mark.parametrize(
+    ("arguments", "devices", "visible", "gpus"),
+    [
+        (["--num_processes", "1"], 8, None, "0"),
+        (["--num_processes", "1"], 8, "3", None),
+        (["--num_processes", "1", "--gpu_ids", "2"], 8, None, "2"),
+        (["--num_processes", "2"], 8, None, None),
+        (["--num_processes", "1"], 1, None, None),
+        ([], 8, None, None),
+    ],
+)
+def test_one_process_gets_one_of_several_gpus(monkeypatch, arguments, devices, visible, gpus):
+    """TRL would spread a model that it loads by name over all that the process sees."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: devices)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert cli.with_defaults(cli.parse_launch("train", arguments)).gpu_ids == gpus
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], (1, True)),
+        (["--max_steps", "3"], (1, True)),
+        (["--num_processes", "2"], (2, False)),
+        (["--accelerate_config", "zero3"], (None, False)),
+        (["--model_name_or_path", "m", "--dataset_name", "d"], (None, False)),
+    ],
+)
+def test_the_quickstart_is_one_process_on_the_cpu(arguments, expected):
+    parsed = cli.for_quickstart(cli.parse_launch("train", arguments))
+    assert (parsed.num_processes, parsed.cpu) == expected
+
+
 def test_help_and_version_load_no_module_that_takes_seconds():
     printed = run(
         "import sys\n"

@@ -2,6 +2,7 @@
 
 import pytest
 import yaml
+from transformers.debug_utils import DebugOption
 from trl import ModelConfig
 
 from opo_trl import OPOConfig
@@ -57,6 +58,27 @@ def test_a_mistake_in_the_config_file_is_named_before_the_configuration_is_built
         parse("--config", path)
     with pytest.raises(ValueError, match=r"there is no .*no\.yaml"):
         parse("--config", tmp_path / "no.yaml")
+
+
+def test_one_value_in_the_config_file_is_a_list_of_one(tmp_path):
+    """As on the command line; the letters of a name are not names."""
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        yaml.safe_dump({"reward_funcs": "my_rewards:close", "reward_weights": 0.5, "debug": "underflow_overflow"})
+    )
+    script, config, model = make_parser().parse_args_and_config([*COMMON, "--config", str(path)])
+    assert (script.reward_funcs, config.reward_weights, config.debug) == (
+        ["my_rewards:close"],
+        [0.5],
+        [DebugOption.UNDERFLOW_OVERFLOW],
+    )
+    for modules, expected in (("all-linear", "all-linear"), (["q_proj", "v_proj"], ["q_proj", "v_proj"])):
+        path.write_text(yaml.safe_dump({"lora_target_modules": modules}))
+        *_, model = make_parser().parse_args_and_config([*COMMON, "--config", str(path)])
+        assert model.lora_target_modules == expected
+    path.write_text(yaml.safe_dump({"models": "a/b", "datasets": "openai/gsm8k:test:main", "num_samples": 8}))
+    (args,) = evaluate_math.make_parser().parse_args_and_config(["--config", str(path), "--output_dir", "x"])
+    assert (args.models, args.datasets, args.num_samples) == (["a/b"], ["openai/gsm8k:test:main"], [8])
 
 
 def test_the_config_file_may_follow_an_equals_sign(tmp_path):

@@ -5,16 +5,18 @@ import signal
 import subprocess
 import sys
 import time
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
 from engines import ROOT, run_ranks
 from opo_trl.evaluation import pass_rates
 from opo_trl.evaluation.records_file import append_records, merge_parts, part_path, read_parts, read_records
 from opo_trl.evaluation.sampling import tokenize_prompt
-from opo_trl.scripts import evaluate_math, train_math
+from opo_trl.scripts import evaluate_math, policies, train_math
 from opo_trl.scripts.arithmetic import load_arithmetic
 from opo_trl.scripts.policies import model_path
 from opo_trl.scripts.problems import load_problems
@@ -303,6 +305,53 @@ def test_records_files(tmp_path, name):
     path.write_text('{"problem": "a"}\nnot json\n')
     with pytest.raises(ValueError, match="line 2 is not"):
         read_records(path)
+
+
+@pytest.mark.parametrize(
+    ("files", "base"),
+    [
+        ({"adapter_config.json"}, "org/base"),
+        ({"config.json"}, "org/model"),
+        ({"config.json", "adapter_config.json"}, "org/model"),
+        (set(), "org/model"),
+        (None, "org/model"),
+    ],
+)
+def test_an_adapter_on_the_hub_has_a_base(monkeypatch, files, base):
+    def cached(name, file, **options):
+        if files is None:
+            raise OSError(f"{name} is not there")
+        return f"/cache/{file}" if file in files else None
+
+    monkeypatch.setattr(policies, "cached_file", cached)
+    monkeypatch.setattr(
+        policies.PeftConfig, "from_pretrained", lambda name: LoraConfig(base_model_name_or_path="org/base")
+    )
+    (found,) = policies.find_checkpoints("org/model", last=0)
+    assert (found.path, found.base, found.is_adapter) == ("org/model", base, base != "org/model")
+
+
+def test_an_engine_gets_room_for_the_longest_prompt_and_completion(tmp_path, monkeypatch, chat_model_dir):
+    """And not for the model's whole context, for which a small GPU may have no memory."""
+    built = []
+    monkeypatch.setattr(evaluate_math, "use_vllm", lambda args: True)
+    module = ModuleType("opo_trl.evaluation.vllm_sampling")
+    module.VllmSampler = lambda *args, **options: built.append(options)
+    monkeypatch.setitem(sys.modules, "opo_trl.evaluation.vllm_sampling", module)
+    args = SimpleNamespace(max_new_tokens=7, temperature=1.0, dtype="float32")
+    prompts = ["1+1", "a longer question"]
+    tasks = [
+        SimpleNamespace(problems=Dataset.from_dict({"prompt": [[{"role": "user", "content": text}]]}))
+        for text in prompts
+    ]
+    (checkpoint,) = policies.find_checkpoints(str(chat_model_dir), last=0)
+    for context, expected in ((None, None), (25, 25)):
+        policy = evaluate_math.Policy(checkpoint, args, torch.device("cpu"), tasks)
+        longest = max(len(tokenize_prompt(policy.tokenizer, task.problems["prompt"][0])) for task in tasks)
+        if context is not None:
+            monkeypatch.setattr(evaluate_math.Policy, "context", context)
+        _ = policy.sampler
+        assert built[-1]["max_model_len"] == (expected or longest + 7)
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from opo_trl.rewards import math_verify_reward
 from opo_trl.runs.checkpoints import MARKER
 from opo_trl.runs.guarded_functions import RewardError
 from opo_trl.scripts import reporting, train_math
-from opo_trl.scripts.train_arguments import MathScriptArguments
+from opo_trl.scripts.train_arguments import MathScriptArguments, check_report, check_trackers
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 QUICK = [
@@ -481,3 +481,32 @@ def test_the_quickstart_learns(tmp_path, seed, rise):
     summary = train_math.main(arguments)
     assert 0.35 <= summary["pass@1_before"] <= 0.60
     assert summary["pass@1_after"] - summary["pass@1_before"] >= rise
+
+
+def test_a_report_under_zero_3_is_refused(monkeypatch):
+    monkeypatch.setattr("transformers.integrations.deepspeed.is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(ValueError, match=r"--report loads the model in one process.*`opo-trl evaluate`"):
+        check_report(SimpleNamespace(report=True), None)
+    check_report(SimpleNamespace(report=False), None)
+
+
+def test_a_tracker_that_is_not_installed_is_refused_before_the_model_loads(tmp_path, monkeypatch, gsm8k):
+    known = "transformers.integrations.integration_utils.get_available_reporting_integrations"
+    monkeypatch.setattr(known, lambda: ["tensorboard"])
+    with pytest.raises(ValueError, match=r"got wandb, which is not\. Install wandb, or pass --report_to none"):
+        run(
+            "--model_name_or_path",
+            "no/model",
+            "--dataset_name",
+            gsm8k,
+            "--output_dir",
+            tmp_path,
+            "--report_to",
+            "wandb",
+        )
+    check_trackers(SimpleNamespace(report_to=["tensorboard", "own_tracker"]))
+
+
+def test_without_git_there_is_no_commit(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert reporting.commit() is None

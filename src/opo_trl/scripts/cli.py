@@ -122,6 +122,7 @@ def launch(command: str, arguments: list[str]) -> int:
         parsed = parse_launch(command, arguments)
         if command == "train":
             _check_names(parsed.training_script_args)
+            parsed = for_quickstart(parsed)
         with _pass_sigterm_on():
             launch_command(with_defaults(parsed))
     except CalledProcessError as error:  # one process, started by accelerate itself
@@ -175,15 +176,29 @@ def parse_launch(command: str, arguments: list[str]) -> argparse.Namespace:
     return parsed
 
 
+def for_quickstart(parsed: argparse.Namespace) -> argparse.Namespace:
+    """Start the quickstart in one process on the CPU, as it is described, also on a machine with several GPUs."""
+    from .quickstart import is_quickstart
+    from .train_arguments import ABOUT_NAMES
+
+    if is_quickstart(parsed.training_script_args, ABOUT_NAMES) and parsed.num_processes is parsed.config_file is None:
+        parsed.num_processes, parsed.cpu = 1, True
+    return parsed
+
+
 def with_defaults(parsed: argparse.Namespace) -> argparse.Namespace:
     """
     Set what `accelerate launch` would set itself without a config file, with a warning for each value.
 
-    The number of processes stays accelerate's where there is an accelerator: it reports how many it uses.
+    The number of processes stays accelerate's where there is an accelerator: it reports how many it uses. One process
+    gets one of several GPUs: TRL would spread a model over all that it sees.
     """
     import torch
     from accelerate.commands.config.config_args import default_config_file
 
+    several = torch.cuda.is_available() and torch.cuda.device_count() > 1
+    if several and parsed.num_processes == 1 and parsed.gpu_ids is None and "CUDA_VISIBLE_DEVICES" not in os.environ:
+        parsed.gpu_ids = "0"
     if parsed.config_file is not None or os.path.isfile(default_config_file):
         return parsed
     defaults = {"num_machines": 1, "mixed_precision": "no", "dynamo_backend": "no"}

@@ -20,6 +20,8 @@ SECTIONS = {
     "": OTHERS,
 }
 
+_STRINGS_TOO = {"debug"}  # lists for which transformers also takes one string, of several words
+
 
 class ScriptParser(TrlParser):
     """
@@ -73,7 +75,11 @@ class ScriptParser(TrlParser):
             raise ValueError(f"--config must name a YAML file that can be read: {error}") from error
 
     def set_defaults_with_config(self, **config: Any) -> list[str]:
-        """Take the config file's values, and refuse names that are not arguments."""
+        """Take the config file's values, one for a list as a list of one, and refuse names that no argument has."""
+        lists = {action.dest for action in self._actions if action.nargs == "+"} - _STRINGS_TOO
+        for name in lists.intersection(config):
+            if config[name] is not None and not isinstance(config[name], list):
+                config[name] = [config[name]]
         remaining = super().set_defaults_with_config(**config)
         unknown = [name for name in config if f"--{name}" in remaining[::2]]
         if unknown:

@@ -148,10 +148,16 @@ def complete(
 
 
 class Policy:
-    """A checkpoint with its tokenizer; weights and engines are loaded when they are first needed."""
+    """
+    A checkpoint with its tokenizer; weights and engines are loaded when they are first needed.
 
-    def __init__(self, checkpoint: Checkpoint, args: EvaluationArguments, device: torch.device) -> None:
-        self.checkpoint, self.args, self.device = checkpoint, args, device
+    `tasks` are those that it samples, whose longest prompt decides what an engine needs room for.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, args: EvaluationArguments, device: torch.device, tasks: Sequence[Task] = ()
+    ) -> None:
+        self.checkpoint, self.args, self.device, self.tasks = checkpoint, args, device, tasks
         has_own = (Path(checkpoint.path) / "tokenizer_config.json").is_file() or not checkpoint.is_adapter
         source = checkpoint.path if has_own else checkpoint.base
         with explain_missing_model(source):
@@ -184,13 +190,22 @@ class Policy:
             if use_vllm(self.args):
                 from ..evaluation.vllm_sampling import VllmSampler
 
-                adapter = self.checkpoint.path if self.checkpoint.is_adapter else None
                 self._sampler = VllmSampler(
-                    self.checkpoint.base, self.tokenizer, adapter=adapter, dtype=self.args.dtype, **settings
+                    self.checkpoint.base,
+                    self.tokenizer,
+                    adapter=self.checkpoint.path if self.checkpoint.is_adapter else None,
+                    dtype=self.args.dtype,
+                    max_model_len=self._longest_sequence(),
+                    **settings,
                 )
             else:
                 self._sampler = TransformersSampler(self.model, self.tokenizer, **settings)
         return self._sampler
+
+    def _longest_sequence(self) -> int:
+        """Tokens of the longest prompt and completion: vLLM would reserve memory for the model's whole context."""
+        longest = max(_longest_prompt(self, task) for task in self.tasks) + cast(int, self.args.max_new_tokens)
+        return longest if self.context is None else min(longest, self.context)
 
 
 def records_path(args: EvaluationArguments, checkpoint: Checkpoint, task: Task) -> Path:
@@ -337,7 +352,7 @@ def sample_all(
     """Sample from every checkpoint before any is scored: an engine needs the memory that scoring would hold."""
     for checkpoint in checkpoints:
         state.print(f"sampling from {checkpoint.label}")
-        policy = Policy(checkpoint, args, state.device)
+        policy = Policy(checkpoint, args, state.device, tasks)
         for task in tasks:
             sample_task(policy, task, args, state, setup)
         del policy

@@ -5,6 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
+from transformers.utils import CONFIG_NAME
+from transformers.utils.hub import cached_file
 
 from ..on_policy.preflight import check_model_directory
 
@@ -39,7 +42,7 @@ def find_checkpoints(model: str, last: int) -> list[Checkpoint]:
     label, path = short_name(model), Path(model_path(model))
     check_model_directory(model)
     if not path.is_dir():
-        return [Checkpoint(label, model, model)]
+        return [Checkpoint(label, model, _base_on_hub(model))]
     steps = sorted(int(folder.name.split("-")[1]) for folder in path.glob("checkpoint-[0-9]*"))
     if last and steps:
         if len(steps) < last:
@@ -59,6 +62,28 @@ def short_name(name: str) -> str:
     """A name that can be a folder's and a table's: the last two parts of a path."""
     parts = [part for part in Path(name).parts if part not in ("/", "..", "outputs")]
     return "-".join(parts[-2:]).replace(":", "-")
+
+
+def _base_on_hub(name: str) -> str:
+    """The model under an adapter on the Hub, or the name itself: also of what is not there, which loading reports."""
+
+    def has(file: str) -> bool:
+        return (
+            cached_file(
+                name,
+                file,
+                _raise_exceptions_for_gated_repo=False,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+            )
+            is not None
+        )
+
+    try:
+        is_adapter = not has(CONFIG_NAME) and has(ADAPTER_CONFIG_NAME)
+    except OSError:  # there is no such repository
+        return name
+    return str(PeftConfig.from_pretrained(name).base_model_name_or_path) if is_adapter else name
 
 
 def _base_of(folder: Path) -> str:

@@ -196,8 +196,11 @@ def plot_curves(path: Path, history: Sequence[dict[str, Any]], before: dict[str,
 
 
 def commit() -> str | None:
-    """Commit of the working tree, or `None` outside a repository."""
-    result = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
+    """Commit of the working tree, or `None` outside a repository and without git."""
+    try:
+        result = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return None
     return result.stdout.strip() or None

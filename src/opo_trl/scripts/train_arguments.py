@@ -25,6 +25,7 @@ USUAL = (
     "gradient_accumulation_steps", "max_completion_length", "max_steps", "learning_rate", "eval_strategy",
     "logging_steps", "save_steps", "report_to",
 )  # fmt: skip
+_TRACKERS = ("wandb", "tensorboard", "trackio", "mlflow", "swanlab", "comet_ml")  # packages of these names
 USUALLY = f"A run usually sets {', '.join(f'--{name}' for name in USUAL)}."
 
 
@@ -74,7 +75,8 @@ class MathScriptArguments(ScriptArguments):
             parameters for. `--reward_weights` weighs them.
         report (`bool`, *optional*, defaults to `False`):
             Measure held-out pass@1 before training and on the checkpoint loaded back, and write summary.json and
-            curves.png. One process loads the complete model for it.
+            curves.png. One process loads the complete model for it, so not with ZeRO-3; the others wait, but no longer
+            than `ddp_timeout`.
         report_samples (`int`, *optional*, defaults to `4`):
             Completions per held-out problem in these two measurements.
     """
@@ -175,6 +177,50 @@ def check_held_out(script_args: MathScriptArguments, args: Any, on_command_line:
         raise ValueError(
             f"--num_eval_problems {script_args.num_eval_problems} needs --eval_strategy steps or --report, without "
             "which no problem is held out. Add one of them, or leave --num_eval_problems out."
+        )
+
+
+def check_report(script_args: MathScriptArguments, args: Any) -> None:
+    """
+    Refuse to measure pass@1 in one process where transformers would spread the model over all of them.
+
+    Args:
+        script_args ([`MathScriptArguments`]):
+            Arguments of the script.
+        args ([`OPOConfig`]):
+            Arguments of the trainer; building them has read DeepSpeed's configuration.
+
+    Raises:
+        ValueError: If `report` is set under ZeRO-3.
+    """
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+    if script_args.report and is_deepspeed_zero3_enabled():
+        raise ValueError(
+            "--report loads the model in one process, which waits for the others under ZeRO-3: it must not be set "
+            "there. Measure with `opo-trl evaluate`, before and after, or use ZeRO-2 or FSDP."
+        )
+
+
+def check_trackers(args: Any) -> None:
+    """
+    Refuse a tracker that is not installed: transformers does so after it has loaded the model.
+
+    Args:
+        args ([`OPOConfig`]):
+            Arguments of the trainer.
+
+    Raises:
+        ValueError: With the packages that are missing.
+    """
+    from transformers.integrations.integration_utils import get_available_reporting_integrations
+
+    available = get_available_reporting_integrations()
+    missing = [name for name in args.report_to if name in _TRACKERS and name not in available]
+    if missing:
+        raise ValueError(
+            f"--report_to must name trackers that are installed, got {', '.join(missing)}, which "
+            f"{'is' if len(missing) == 1 else 'are'} not. Install {' and '.join(missing)}, or pass --report_to none."
         )
 
 

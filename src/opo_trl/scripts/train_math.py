@@ -13,8 +13,8 @@ A real model on GSM8K, on one GPU:
         --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct \
         --dataset_name openai/gsm8k --dataset_config main \
         --output_dir outputs/gsm8k --per_device_train_batch_size 8 --gradient_accumulation_steps 8 \
-        --learning_rate 1e-6 --max_completion_length 512 --eval_strategy steps --eval_steps 50 \
-        --num_eval_problems 256 --report_to wandb --push_to_hub
+        --learning_rate 1e-6 --max_completion_length 512 --eval_strategy steps --eval_steps 100 \
+        --num_eval_problems 256 --num_generations_eval 1 --per_device_eval_batch_size 64 --report_to wandb --push_to_hub
 
 Add `--use_peft` for LoRA, and `--config file.yaml` to read arguments from a file (the command line takes precedence;
 `examples/configs` has recipes for the paper's experiments). With `--push_to_hub`, missing write access to the Hub is an
@@ -74,6 +74,8 @@ from .train_arguments import (
     check_held_out,
     check_names,
     check_not_streamed,
+    check_report,
+    check_trackers,
     make_parser,
     measures_held_out,
 )
@@ -252,6 +254,8 @@ def parse(arguments: list[str]) -> tuple[MathScriptArguments, OPOConfig, ModelCo
     )
     check_not_streamed(script_args)
     check_held_out(script_args, training_args, parser.on_command_line)
+    check_report(script_args, training_args)
+    check_trackers(training_args)
     notes = [describe_choice(parser.chosen), check_saving(training_args, parser.on_command_line)]
     if arguments and is_quickstart(arguments, ABOUT_NAMES):
         notes.insert(0, NOTE)
