@@ -131,6 +131,7 @@ experiments: $(READY)
 	$(BIN)/python benchmarks/gradient_variance.py
 	$(BIN)/python benchmarks/gradient_variance.py --task long_chains --prompts 32 --samples 64
 	$(BIN)/python benchmarks/opo_vs_grpo.py
+	$(BIN)/python benchmarks/opo_vs_grpo.py --task long_chains
 	$(BIN)/python benchmarks/stability_map.py
 	$(BIN)/python benchmarks/stability_map.py --report
 

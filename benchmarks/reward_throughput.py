@@ -10,6 +10,9 @@ the same kinds are generated. Half of the answers are the solution as in the fil
 notation, one in twenty is missing, and the rest are solutions of other problems of the same file. So each verdict is
 known, and every reward is compared with it.
 
+Solutions are given as they are in the files, and boxed as well: math-verify reads LaTeX only in a box or between dollar
+signs.
+
 In each round all rewards run on the same new batch, one after another; times are medians. Ours is measured with its
 worker processes started and its cache empty. The broken batch has 300 comparisons that include six tasks that no signal
 handler can interrupt, an allocation of 8 GB, a SIGSEGV and a SIGKILL.
@@ -107,7 +110,19 @@ def plain_math_verify(completions: list[str], solutions: list[str]) -> list[floa
     return [float(verify(parse(gold), parse(text))) for text, gold in zip(completions, solutions, strict=True)]
 
 
-REWARDS = {"math_verify_reward": ours, "TRL accuracy_reward": trl, "verify(parse, parse)": plain_math_verify}
+def boxed(solutions: list[str]) -> list[str]:
+    return [f"\\boxed{{{solution}}}" for solution in solutions]
+
+
+REWARDS = {
+    "math_verify_reward": ours,
+    "TRL accuracy_reward": trl,
+    "TRL accuracy_reward, boxed solutions": lambda completions, solutions: trl(completions, boxed(solutions)),
+    "verify(parse, parse)": plain_math_verify,
+    "verify(parse, parse), boxed solutions": lambda completions, solutions: plain_math_verify(
+        completions, boxed(solutions)
+    ),
+}
 
 
 def clear_cache() -> None:
@@ -157,7 +172,7 @@ def copied_formulas() -> dict[str, float]:
     rewards = {
         "math_verify_reward": math_verify_reward(completions, solutions, prompts=[row["problem"] for row, _ in pairs]),
         "the same without prompts": math_verify_reward(completions, solutions),
-        "TRL accuracy_reward": trl(completions, [f"\\boxed{{{solution}}}" for solution in solutions]),
+        "TRL accuracy_reward": trl(completions, boxed(solutions)),
     }
     return {
         name: len({id(row) for (row, _), reward in zip(pairs, paid, strict=True) if reward}) / len(rows)

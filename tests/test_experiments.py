@@ -229,6 +229,13 @@ def test_finished_runs_are_read_and_not_run_again(tmp_path, monkeypatch):
     assert complete([job, job], tmp_path, processes=1)[job]["metrics"]["pass@1"] == 0.25
 
 
+def test_the_time_of_all_runs_is_stated(tmp_path):
+    """Those of the sweep too; a run that broke down has none."""
+    for number, run in enumerate(({"cpu_seconds": 5400.0}, {"cpu_seconds": 1980.0}, {"broke_down": "step 3"})):
+        (tmp_path / f"{number}.json").write_text(json.dumps(run))
+    assert opo_vs_grpo.cpu_hours(tmp_path) == 2.0  # of 7,380 s, to a tenth
+
+
 def test_intervals_over_seeds_are_student_t():
     values = [0.61, 0.64, 0.60, 0.66]
     found = interval(values)

@@ -186,7 +186,9 @@ def test_the_reward():
     names = {
         "math_verify_reward": "`math_verify_reward`",
         "TRL accuracy_reward": "TRL's `accuracy_reward`",
+        "TRL accuracy_reward, boxed solutions": "the same, solutions boxed",
         "verify(parse, parse)": "`verify(parse(solution), parse(completion))`",
+        "verify(parse, parse), boxed solutions": "the same, solutions boxed",
     }
     rows = the_table(page("reward"), "reward")
     assert len(rows) == len(measured["rewards"])
@@ -197,7 +199,7 @@ def test_the_reward():
             digits = len(cell.removesuffix(" %").partition(".")[2])
             assert cell == f"{100 * reward[name]:.{digits}f} %", (reward["reward"], name)
     text = " ".join(page("reward").split())
-    ours, trls, _ = (reward["seconds"] for reward in measured["rewards"])
+    ours, trls, *_ = (reward["seconds"] for reward in measured["rewards"])
     assert f"2,048 completions take {ours:.1f} s" in " ".join(README.split())
     assert f"{trls:.1f} s with TRL's `accuracy_reward`" in " ".join(README.split())
     assert f"takes {measured['broken batch']['seconds']:.1f} s" in text
