@@ -61,24 +61,38 @@ def test_accelerate_has_no_default_to_warn_about_on_a_cpu(monkeypatch, tmp_path,
 
 
 @pytest.mark.parametrize(
-    ("arguments", "devices", "visible", "gpus"),
+    ("arguments", "devices", "visible", "expected"),
     [
         (["--num_processes", "1"], 8, None, "0"),
-        (["--num_processes", "1"], 8, "3", None),
+        (["--num_processes", "1"], 8, "3", "3"),
         (["--num_processes", "1", "--gpu_ids", "2"], 8, None, "2"),
-        (["--num_processes", "2"], 8, None, None),
+        (["--num_processes", "1", "--config_file", "one.yaml"], 8, None, "5"),
+        (["--num_processes", "1", "--accelerate_config", "multi_gpu"], 8, None, "0"),
         (["--num_processes", "1"], 1, None, None),
-        ([], 8, None, None),
     ],
 )
-def test_one_process_gets_one_of_several_gpus(monkeypatch, arguments, devices, visible, gpus):
-    """TRL would spread a model that it loads by name over all that the process sees."""
+def test_one_process_sees_one_of_several_gpus(monkeypatch, tmp_path, arguments, devices, visible, expected):
+    """TRL would spread a model that it loads by name over all. The user's choice and accelerate's come first."""
+    from accelerate.commands import launch
+
+    (tmp_path / "one.yaml").write_text("distributed_type: 'NO'\ngpu_ids: '5'\nmixed_precision: 'no'\nnum_machines: 1\n")
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: devices)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert cli.with_defaults(cli.parse_launch("train", arguments)).gpu_ids == gpus
+    seen = []
+
+    def launched(parsed):
+        checked = launch._validate_launch_command(parsed)[0]
+        of_accelerate = {} if checked.gpu_ids in (None, "all") else {"CUDA_VISIBLE_DEVICES": checked.gpu_ids}
+        seen.append((os.environ | of_accelerate).get("CUDA_VISIBLE_DEVICES"))
+
+    monkeypatch.setattr(launch, "launch_command", launched)
+    assert cli.launch("evaluate", arguments) == 0
+    assert seen == [expected]
 
 
 @pytest.mark.parametrize(
@@ -87,13 +101,18 @@ def test_one_process_gets_one_of_several_gpus(monkeypatch, arguments, devices, v
         ([], (1, True)),
         (["--max_steps", "3"], (1, True)),
         (["--num_processes", "2"], (2, False)),
+        (["--multi_gpu"], (None, False)),
+        (["--gpu_ids", "2"], (None, False)),
         (["--accelerate_config", "zero3"], (None, False)),
         (["--model_name_or_path", "m", "--dataset_name", "d"], (None, False)),
     ],
 )
-def test_the_quickstart_is_one_process_on_the_cpu(arguments, expected):
-    parsed = cli.for_quickstart(cli.parse_launch("train", arguments))
-    assert (parsed.num_processes, parsed.cpu) == expected
+def test_the_quickstart_is_one_process_on_the_cpu(monkeypatch, arguments, expected):
+    launched = []
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)  # without one, accelerate has its own way
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", launched.append)
+    assert cli.launch("train", arguments) == 0
+    assert [(parsed.num_processes, parsed.cpu) for parsed in launched] == [expected]
 
 
 def test_help_and_version_load_no_module_that_takes_seconds():

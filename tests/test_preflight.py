@@ -217,12 +217,17 @@ def test_the_columns_that_count_are_those_that_the_trainer_passes_on():
         check_parameters(takes_another_column, rollout_func=None, environment_factory=None)
 
 
+def takes_only_the_prompt(prompts, completions, **kwargs):
+    return [0.0] * len(prompts)
+
+
 @pytest.mark.parametrize("name", ["prompts", "completions", "trainer_state", "log_extra", "log_metric"])
 def test_a_column_with_the_name_of_an_argument_is_refused(name):
     rows = PROBLEMS.add_column(name, ["a"] * len(PROBLEMS))
     with pytest.raises(ValueError, match=rf"`train_dataset` has \['{name}'\]\. Rename or remove it"):
         check_parameters(takes_columns, rows)
     check_parameters(tiny_model(), rows)  # a reward model gets no columns
+    check_parameters(takes_only_the_prompt, rows, config={"remove_unused_columns": True})
 
 
 @pytest.mark.parametrize("name", ["completion", "completion_ids"])

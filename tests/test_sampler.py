@@ -90,7 +90,7 @@ def test_a_neutral_minimum_probability_shuts_the_leak(tmp_path):
 
 
 def test_an_open_top_k_falls_back_to_50_and_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"top_k=50.* `top_k` is None in OPOConfig.* leave it out"):
+    with pytest.raises(ValueError, match=r"top_k=50.* `top_k` is None in OPOConfig.* Leave `top_k` out"):
         sampling_trainer(tmp_path, tiny_model(), top_k=None)
 
 

@@ -16,7 +16,7 @@ from opo_trl.rewards import math_verify_reward
 from opo_trl.runs.checkpoints import MARKER
 from opo_trl.runs.guarded_functions import RewardError
 from opo_trl.scripts import reporting, train_math
-from opo_trl.scripts.train_arguments import MathScriptArguments, check_report, check_trackers
+from opo_trl.scripts.train_arguments import MathScriptArguments, check_trackers
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 QUICK = [
@@ -483,11 +483,11 @@ def test_the_quickstart_learns(tmp_path, seed, rise):
     assert summary["pass@1_after"] - summary["pass@1_before"] >= rise
 
 
-def test_a_report_under_zero_3_is_refused(monkeypatch):
+def test_a_report_under_zero_3_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.integrations.deepspeed.is_deepspeed_zero3_enabled", lambda: True)
     with pytest.raises(ValueError, match=r"--report loads the model in one process.*`opo-trl evaluate`"):
-        check_report(SimpleNamespace(report=True), None)
-    check_report(SimpleNamespace(report=False), None)
+        train_math.parse([*QUICK, "--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", str(tmp_path),
+                          "--report", "--num_eval_problems", "4"])  # fmt: skip
 
 
 def test_a_tracker_that_is_not_installed_is_refused_before_the_model_loads(tmp_path, monkeypatch, gsm8k):

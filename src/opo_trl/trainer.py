@@ -223,7 +223,7 @@ class OPOTrainer(
         """Generate and score this rank's rows, and estimate their advantages: all of a step, or one of its rounds."""
         group_size = self.num_generations if self.model.training else self.num_generations_eval
         batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
-        if not self._corrects_sampler:  # many a rollout function returns placeholders, which need not fit the tokens
+        if not self._corrects_sampler:  # rollout functions often return placeholders, which need not fit the tokens
             batch.pop("sampling_per_token_logps", None)
         assert self._rewards_per_func is not None
         rewards_per_func, self._rewards_per_func = self._rewards_per_func, None

@@ -11,6 +11,8 @@ from .layouts import INSTRUCTION
 
 logger = logging.getLogger(__name__)
 
+_SIGNS = str.maketrans({"−": "-", "–": "-", "·": "*", "×": "*", "÷": "/"})
+
 
 def drop_overlapping(
     dataset: Dataset, held_out: Dataset, *, ngram_size: int = 13, instruction: str | None = INSTRUCTION
@@ -101,5 +103,7 @@ def _ngrams(prompt: Any, size: int, instruction: str | None) -> set[tuple[str, .
     text = prompt.strip().removesuffix(instruction or "").casefold()
     words = re.findall(r"[^\W_]+", text)
     if len(words) < size:  # 17+8-12 and 17-8+12 have the same words
-        return {tuple(re.findall(r"[^\W_]+|[-+*/^=<>!|]", text))}
+        text = re.sub(r"(?<=[^\W\d_])-(?=[^\W\d_])|--+", " ", text.translate(_SIGNS))  # well-known, and dashes
+        signed = re.findall(r"[^\W_]+|[-+*/^=<>|]", text)
+        return {tuple(signed[:-1] if signed[-1:] == ["="] else signed)}  # "17-8=?" asks for what "17-8" does
     return {tuple(words[i : i + size]) for i in range(len(words) - size + 1)}

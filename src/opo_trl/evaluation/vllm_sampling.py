@@ -32,11 +32,12 @@ def max_lora_rank(config: Any) -> int:
 
 
 def declared_ends(model: str) -> int | list[int] | None:
-    """Tokens that a model says end a completion, as transformers reads them where it loads the model."""
+    """End tokens that a model declares, as transformers reads them where it loads the model."""
     try:
-        ends: int | list[int] | None = GenerationConfig.from_pretrained(model).eos_token_id
+        config = GenerationConfig.from_pretrained(model)
     except OSError:  # there is no generation_config.json
-        ends = AutoConfig.from_pretrained(model).get_text_config().eos_token_id
+        config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(model))
+    ends: int | list[int] | None = config.eos_token_id
     return ends
 
 

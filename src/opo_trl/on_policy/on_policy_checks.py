@@ -97,7 +97,8 @@ class OnPolicyChecks(GRPOTrainer):
                 self.processing_class,
                 merged=not self.use_transformers_continuous_batching,
             )
-            check_end_tokens(self.generation_config.eos_token_id, self.eos_token_ids)
+            if not self.use_transformers_continuous_batching:  # which pads nothing
+                check_end_tokens(self.generation_config.eos_token_id, self.eos_token_ids)
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         if self.model.training:

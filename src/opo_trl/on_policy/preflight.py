@@ -286,24 +286,24 @@ def check_tools_with_vllm(args: Any) -> None:
 
 def check_tools_without_vllm(num_processes: int, sharded: bool) -> None:
     """
-    Refuse tools where transformers generates with a model whose weights are spread over ranks: the run would hang.
+    Refuse tools where transformers generates with a model whose weights are sharded across ranks: the run would hang.
 
-    Each rank goes on to generate while one of its completions calls a tool, and generation gathers weights from all
-    ranks. A rank whose completions call none has left for the next step's collectives (TRL 1.16; no issue is known).
+    A rank keeps generating while one of its completions calls a tool, and generation gathers weights from all ranks. A
+    rank whose completions call none has left for the next step's collectives (TRL 1.16; no issue is known).
 
     Args:
         num_processes (`int`):
             Processes of the run.
         sharded (`bool`):
-            Whether the weights are spread over them, as under FSDP and ZeRO-3.
+            Whether the weights are sharded across them, as under FSDP and ZeRO-3.
 
     Raises:
-        ValueError: If both are so.
+        ValueError: If there are several processes and the weights are sharded.
     """
     if num_processes > 1 and sharded:
         raise ValueError(
             "Tools and environments without vLLM need the complete weights in each process, got FSDP or ZeRO-3 with "
-            f"{num_processes} processes: ranks that call tools would wait forever for those that do not. Use "
+            f"{num_processes} processes: as soon as one rank calls more tools than another, they deadlock. Use "
             "`use_vllm=True` with `vllm_mode='colocate'` and `vllm_tensor_parallel_size=1`, or train with plain data "
             "parallelism or ZeRO-2."
         )

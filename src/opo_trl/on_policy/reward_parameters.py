@@ -46,8 +46,8 @@ def check_reward_parameters(
         for name, dataset in named_datasets(train_dataset, eval_dataset):
             columns = columns_of(dataset)
             if columns is not None:
-                _check_names(name, columns)
                 kept = [column for column in columns if not args.remove_unused_columns or column in _USED_COLUMNS]
+                _check_names(name, kept)
                 removed = [column for column in columns if column not in kept]
                 _check_arguments(_function_name(function), parameters, name, kept, removed)
 

@@ -44,7 +44,7 @@ def _problem(output: Mapping[str, Any]) -> str | None:
         return None
     if output["logprobs"] is None:
         return "it is None"
-    tokens, logprobs = [len(ids) for ids in output["completion_ids"]], [len(row) for row in output["logprobs"]]
+    tokens, logprobs = [len(ids) for ids in output["completion_ids"]], [len(row or ()) for row in output["logprobs"]]
     if len(tokens) != len(logprobs):
         return f"{len(tokens)} completions have {len(logprobs)} rows of them"
     wrong = [row for row, (one, other) in enumerate(zip(tokens, logprobs, strict=True)) if one != other]

@@ -132,8 +132,11 @@ def check_sampling_settings(settings: Mapping[str, Any], temperature: float) -> 
             "TRL leaves such settings to the model's generation_config.json: clear them there, or on the loaded model "
             f"with `model.generation_config.{changed[0]} = None`."
         )
-        if changed[0] in _OF_CONFIG:  # None in OPOConfig: transformers' own default, which the model cannot clear
-            fix = f"`{changed[0]}` is None in OPOConfig, for which transformers has a default of its own: leave it out."
+        if changed[0] in _OF_CONFIG:  # the model cannot clear it: transformers has a default of its own
+            fix = (
+                f"`{changed[0]}` is None in OPOConfig, so that the model's generation config or transformers' default "
+                f"applies. Leave `{changed[0]}` out."
+            )
         raise ValueError(
             f"OPO samples from exactly the distribution that it trains, but the merged generation config has {listed}. "
             f"{fix}"
@@ -142,7 +145,7 @@ def check_sampling_settings(settings: Mapping[str, Any], temperature: float) -> 
 
 def check_end_tokens(ends: int | Sequence[int] | None, known: Sequence[int]) -> None:
     """
-    Refuse a token that ends completions, and of which TRL does not know that it does.
+    Refuse an end token after which TRL does not cut completions.
 
     transformers fills a completion with padding after its end. TRL cuts it after the end tokens of the model's
     generation config and the tokenizer's, so padding after another one would be trained as if it had been sampled.

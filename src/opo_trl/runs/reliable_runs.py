@@ -292,7 +292,7 @@ class ReliableRuns(GRPOTrainer):
             return super()._finalize_training(trial, num_train_samples, start_time + time.time() - waits_from)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate as the next class does; a vLLM engine gets the trained weights again where others are evaluated."""
+        """Evaluate as the next class does; a vLLM engine is synchronized again after averaged weights are evaluated."""
         output = super().evaluation_loop(*args, **kwargs)
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # in accelerate's wrapper
         if self.use_vllm and hasattr(optimizer, "eval"):  # a schedule-free one: it evaluates averaged weights

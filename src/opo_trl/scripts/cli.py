@@ -123,6 +123,7 @@ def launch(command: str, arguments: list[str]) -> int:
         if command == "train":
             _check_names(parsed.training_script_args)
             parsed = for_quickstart(parsed)
+        limit_gpus(parsed)
         with _pass_sigterm_on():
             launch_command(with_defaults(parsed))
     except CalledProcessError as error:  # one process, started by accelerate itself
@@ -177,29 +178,38 @@ def parse_launch(command: str, arguments: list[str]) -> argparse.Namespace:
 
 
 def for_quickstart(parsed: argparse.Namespace) -> argparse.Namespace:
-    """Start the quickstart in one process on the CPU, as it is described, also on a machine with several GPUs."""
+    """Start the quickstart in one process on the CPU, unless the command says otherwise, also where there are GPUs."""
     from .quickstart import is_quickstart
     from .train_arguments import ABOUT_NAMES
 
-    if is_quickstart(parsed.training_script_args, ABOUT_NAMES) and parsed.num_processes is parsed.config_file is None:
+    says_otherwise = any(
+        getattr(parsed, name)
+        for name in ("num_processes", "config_file", "gpu_ids", "multi_gpu", "use_fsdp", "use_deepspeed", "tpu")
+    )
+    if is_quickstart(parsed.training_script_args, ABOUT_NAMES) and not says_otherwise:
         parsed.num_processes, parsed.cpu = 1, True
     return parsed
+
+
+def limit_gpus(parsed: argparse.Namespace) -> None:
+    """Let a single process see one of several GPUs, unless the user has chosen: TRL would spread a model over all."""
+    import torch
+
+    several = torch.cuda.is_available() and torch.cuda.device_count() > 1
+    if several and parsed.num_processes == 1:
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # accelerate's own choice of `gpu_ids` comes after it
 
 
 def with_defaults(parsed: argparse.Namespace) -> argparse.Namespace:
     """
     Set what `accelerate launch` would set itself without a config file, with a warning for each value.
 
-    The number of processes stays accelerate's where there is an accelerator: it reports how many it uses. One process
-    gets one of several GPUs: TRL would spread a model over all that it sees.
+    The number of processes stays accelerate's where there is an accelerator: it reports how many it uses.
     """
     import torch
     from accelerate.commands.config.config_args import default_config_file
 
-    several = torch.cuda.is_available() and torch.cuda.device_count() > 1
-    if several and parsed.num_processes == 1 and parsed.gpu_ids is None and "CUDA_VISIBLE_DEVICES" not in os.environ:
-        parsed.gpu_ids = "0"
-    if parsed.config_file is not None or os.path.isfile(default_config_file):
+    if parsed.config_file is not None or (os.path.isfile(default_config_file) and not parsed.cpu):
         return parsed
     defaults = {"num_machines": 1, "mixed_precision": "no", "dynamo_backend": "no"}
     if not torch.accelerator.is_available():

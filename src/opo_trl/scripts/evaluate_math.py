@@ -53,7 +53,7 @@ from .evaluation_arguments import EvaluationArguments, make_parser
 from .evaluation_report import Metrics, write_report
 from .evaluation_tables import examples_without_answer, truncation_warning
 from .judging import judge, shift
-from .policies import Checkpoint, find_checkpoints, short_name
+from .policies import Checkpoint, find_checkpoints, has_file, short_name
 from .problems import fit_to_tokenizer, load_problems, parse_dataset
 from .quickstart import NOTE, is_quickstart, or_quickstart
 from .setup_phase import SetupPhase, on_all_ranks
@@ -158,7 +158,7 @@ class Policy:
         self, checkpoint: Checkpoint, args: EvaluationArguments, device: torch.device, tasks: Sequence[Task] = ()
     ) -> None:
         self.checkpoint, self.args, self.device, self.tasks = checkpoint, args, device, tasks
-        has_own = (Path(checkpoint.path) / "tokenizer_config.json").is_file() or not checkpoint.is_adapter
+        has_own = not checkpoint.is_adapter or has_file(checkpoint.path, "tokenizer_config.json")
         source = checkpoint.path if has_own else checkpoint.base
         with explain_missing_model(source):
             self.tokenizer = AutoTokenizer.from_pretrained(source)

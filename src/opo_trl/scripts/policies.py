@@ -42,7 +42,7 @@ def find_checkpoints(model: str, last: int) -> list[Checkpoint]:
     label, path = short_name(model), Path(model_path(model))
     check_model_directory(model)
     if not path.is_dir():
-        return [Checkpoint(label, model, _base_on_hub(model))]
+        return [Checkpoint(label, model, _base_of(model))]
     steps = sorted(int(folder.name.split("-")[1]) for folder in path.glob("checkpoint-[0-9]*"))
     if last and steps:
         if len(steps) < last:
@@ -55,7 +55,7 @@ def find_checkpoints(model: str, last: int) -> list[Checkpoint]:
             f"A model directory must hold a model or an adapter, and {model} holds neither. It holds {len(steps)} "
             "checkpoints; --last_checkpoints N measures the last N."
         )
-    return [Checkpoint(name, str(folder), _base_of(folder)) for name, folder in folders.items()]
+    return [Checkpoint(name, str(folder), _base_of(str(folder))) for name, folder in folders.items()]
 
 
 def short_name(name: str) -> str:
@@ -64,28 +64,22 @@ def short_name(name: str) -> str:
     return "-".join(parts[-2:]).replace(":", "-")
 
 
-def _base_on_hub(name: str) -> str:
-    """The model under an adapter on the Hub, or the name itself: also of what is not there, which loading reports."""
-
-    def has(file: str) -> bool:
-        return (
-            cached_file(
-                name,
-                file,
-                _raise_exceptions_for_gated_repo=False,
-                _raise_exceptions_for_missing_entries=False,
-                _raise_exceptions_for_connection_errors=False,
-            )
-            is not None
-        )
-
+def has_file(model: str, name: str) -> bool:
+    """Whether a directory, or a repository on the Hub, has a file; not if there is no such repository."""
     try:
-        is_adapter = not has(CONFIG_NAME) and has(ADAPTER_CONFIG_NAME)
-    except OSError:  # there is no such repository
-        return name
-    return str(PeftConfig.from_pretrained(name).base_model_name_or_path) if is_adapter else name
+        found = cached_file(
+            model,
+            name,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except OSError:
+        return False
+    return found is not None
 
 
-def _base_of(folder: Path) -> str:
-    is_adapter = (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
-    return str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path) if is_adapter else str(folder)
+def _base_of(model: str) -> str:
+    """The model under an adapter, in a directory or on the Hub; or the model itself, if it is none."""
+    is_adapter = not has_file(model, CONFIG_NAME) and has_file(model, ADAPTER_CONFIG_NAME)
+    return str(PeftConfig.from_pretrained(model).base_model_name_or_path) if is_adapter else model

@@ -180,15 +180,15 @@ def check_held_out(script_args: MathScriptArguments, args: Any, on_command_line:
         )
 
 
-def check_report(script_args: MathScriptArguments, args: Any) -> None:
+def check_report(script_args: MathScriptArguments) -> None:
     """
-    Refuse to measure pass@1 in one process where transformers would spread the model over all of them.
+    Refuse to measure pass@1 in one process where transformers would shard the model across all of them.
+
+    To be called when the trainer's arguments are built, which reads DeepSpeed's configuration.
 
     Args:
         script_args ([`MathScriptArguments`]):
             Arguments of the script.
-        args ([`OPOConfig`]):
-            Arguments of the trainer; building them has read DeepSpeed's configuration.
 
     Raises:
         ValueError: If `report` is set under ZeRO-3.

@@ -254,7 +254,7 @@ def parse(arguments: list[str]) -> tuple[MathScriptArguments, OPOConfig, ModelCo
     )
     check_not_streamed(script_args)
     check_held_out(script_args, training_args, parser.on_command_line)
-    check_report(script_args, training_args)
+    check_report(script_args)
     check_trackers(training_args)
     notes = [describe_choice(parser.chosen), check_saving(training_args, parser.on_command_line)]
     if arguments and is_quickstart(arguments, ABOUT_NAMES):
