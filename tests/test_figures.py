@@ -546,6 +546,36 @@ def test_opo_against_grpo():
         assert sentence.format(f"{mean} points, {low} to {high}") in " ".join(README.split())
 
 
+def test_opo_against_grpo_on_long_chains():
+    measured = results("opo_vs_grpo-long_chains")
+    text = page("opo_vs_grpo")
+    for name, table in opo_tables(measured).items():
+        assert table in text, name
+    words, variants = " ".join(text.split()), measured["variants"]
+    runs = sum(len(found["sweep"]) * 2 + len(measured["settings"]["seeds"]) for found in variants.values())
+    assert f"{runs} runs took {measured['cpu_hours']:.1f} hours of CPU time" in words
+    differences = [found["difference_to_opo"]["pass@1"] for name, found in variants.items() if name != "opo"]
+    assert all(each["low"] < 0 < each["high"] for each in differences), "no variant differs by more than its interval"
+    ends = [f"{100 * end(each['mean'] for each in differences):+.1f}" for end in (min, max)]
+    assert "differences of {} to {} points".format(*ends) in " ".join(README.split())
+    halves = [100 * (each["high"] - each["low"]) / 2 for each in differences]
+    assert f"{min(halves):.0f} to {max(halves):.0f} points wide to each side" in words
+    lowest, *others = sorted(100 * score for score in variants["opo"]["each_seed"]["pass@1"])
+    assert f"four end at {others[0]:.1f} to {others[-1]:.1f} %, one at {lowest:.1f} %" in words
+    broken = [score for found in variants.values() for score in found["sweep"].get("0.003", [])]
+    assert f"at most {100 * max(broken):.1f} % of its answers are right" in words
+    weighed = variants["opo_uncertainty"]
+    scores = sorted(100 * score for score in weighed["each_seed"]["pass@1"])
+    assert f"seeds differ less ({scores[0]:.1f} to {scores[-1]:.1f} %)" in words
+    kl, start = (found["over_seeds"]["kl_plain"]["mean"] for found in (weighed, variants["opo"]))
+    assert f"(KL {kl:.3f} against {start:.3f})" in words
+    alike, as_alike = (100 * found["over_seeds"]["self-bleu"]["mean"] for found in (weighed, variants["opo"]))
+    assert f"(Self-BLEU {alike:.1f} against {as_alike:.1f} %)" in words
+    below = variants["grpo_off_4"]["difference_to_opo"]["reward"]
+    numbers = [f"{-100 * below[name]:.1f}" for name in ("mean", "high", "low")]
+    assert "ends {} points below OPO's ({} to {})".format(*numbers) in words
+
+
 def test_two_steps_without_an_entropy_bonus():
     rows = results("stability_map")["rows"]
     one, two = (rows[f"grpo-{steps}"]["cells"]["3e-05"]["pass@1"] for steps in (1, 2))
