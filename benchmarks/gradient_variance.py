@@ -65,7 +65,6 @@ from length_statistics import WEIGHTS, by_length, describe_lengths, estimate, pr
 from measuring import RESULTS, keep_freed_memory, provenance, sample_records, sampling_seed
 from opo_trl import OPOConfig, OPOTrainer
 from opo_trl.algorithm.baselines import (
-    group_mean,
     leave_one_out,
     logit_norm,
     no_baseline,
@@ -109,23 +108,7 @@ class Prompt(NamedTuple):
     redrawn: int = 0  # tokens that the policy's distribution would have drawn differently
 
 
-# Called with the completions of groups and the best constant for the prompt; returns (G, K) or (G, 1).
-BASELINES: dict[str, Callable[[Completions, float], torch.Tensor]] = {
-    "none": lambda group, best: no_baseline(group.rewards, group.lengths).expand_as(group.rewards),
-    "group mean": lambda group, best: group_mean(group.rewards, group.lengths),
-    "leave-one-out": lambda group, best: leave_one_out(group.rewards, group.lengths),
-    "OPO": lambda group, best: optimal_baseline(group.rewards, group.lengths),
-    "length^0.5": lambda group, best: optimal_baseline(group.rewards, group.lengths, 0.5),
-    "length^1.6": lambda group, best: optimal_baseline(group.rewards, group.lengths, 1.6),
-    "length^2": lambda group, best: optimal_baseline(group.rewards, group.lengths, 2.0),
-    "logit norm": lambda group, best: optimal_baseline(group.rewards, group.logit_norms),
-    "uncertainty": lambda group, best: optimal_baseline(group.rewards, group.uncertainties),
-    "1 - pi": lambda group, best: optimal_baseline(group.rewards, group.surprises),
-    "exact": lambda group, best: optimal_baseline(group.rewards, group.squared_norms),
-    "optimum": lambda group, best: torch.full_like(group.rewards, best),
-}
-
-# The weights of those that are a weighted mean of a group's own rewards.
+# The weights, (G, K), of the baselines that are a weighted mean of a group's own rewards.
 OWN_WEIGHTS: dict[str, Callable[[Completions], torch.Tensor]] = {
     "group mean": lambda group: torch.ones_like(group.lengths),
     "OPO": lambda group: group.lengths,
@@ -136,6 +119,23 @@ OWN_WEIGHTS: dict[str, Callable[[Completions], torch.Tensor]] = {
     "uncertainty": lambda group: group.uncertainties,
     "1 - pi": lambda group: group.surprises,
     "exact": lambda group: group.squared_norms,
+}
+Baseline = Callable[[Completions, float], torch.Tensor]
+
+
+def weighted_mean(name: str) -> Baseline:
+    """The baseline with the weights of this name in `OWN_WEIGHTS`."""
+    return lambda group, best: optimal_baseline(group.rewards, OWN_WEIGHTS[name](group))
+
+
+# Called with the completions of groups and the best constant for the prompt; returns (G, K) or (G, 1). In the order of
+# the tables.
+BASELINES: dict[str, Baseline] = {
+    "none": lambda group, best: no_baseline(group.rewards, group.lengths).expand_as(group.rewards),
+    "group mean": weighted_mean("group mean"),
+    "leave-one-out": lambda group, best: leave_one_out(group.rewards, group.lengths),
+    **{name: weighted_mean(name) for name in OWN_WEIGHTS if name != "group mean"},
+    "optimum": lambda group, best: torch.full_like(group.rewards, best),
 }
 
 
@@ -249,14 +249,15 @@ def own_shares(every: Completions, groups: torch.Tensor) -> tuple[torch.Tensor, 
 
     It is 0 for no baseline and for leave-one-out. The optimum is a mean over all samples of the prompt.
     """
+    group = every.take(groups)
     shares = torch.zeros(len(BASELINES), *groups.shape, dtype=torch.float64)
     means = torch.zeros(len(BASELINES), 1, 1, dtype=torch.float64)
     for i, name in enumerate(BASELINES):
         if name in OWN_WEIGHTS:
-            weights = OWN_WEIGHTS[name](every.take(groups))
+            weights = OWN_WEIGHTS[name](group)
             shares[i], means[i] = (weights / weights.sum(dim=1, keepdim=True)).nan_to_num(), 1 / groups.size(1)
         elif name == "optimum":
-            shares[i], means[i] = (every.squared_norms / every.squared_norms.sum())[groups], 1 / len(every.rewards)
+            shares[i], means[i] = group.squared_norms / every.squared_norms.sum(), 1 / len(every.rewards)
     return shares, means
 
 
@@ -267,7 +268,7 @@ def group_statistics(prompt: Prompt, group_size: int, generator: torch.Generator
     Returns:
         `dict[str, torch.Tensor]`: baseline -> (5,): trace of the covariance; the product of the estimator's mean in one
         half of the samples with that in the other half; with the gradient in the other half; of the two gradients; and
-        the second last again, from what the samples change in their own baselines.
+        the third again, from what the samples change in their own baselines.
     """
     facts, products = prompt.completions, prompt.inner_products
     count = len(facts.rewards)

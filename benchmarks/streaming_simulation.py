@@ -145,15 +145,17 @@ def train_seconds(lengths: np.ndarray) -> np.ndarray:  # (P, K) -> (P,)
 
 def train_streamed(ends: np.ndarray, work: np.ndarray, devices: int) -> float:  # (P,), (P,)
     """When the last group is trained, in the waves of the trainer."""
-    schedule, order, now, taken = WaveSchedule(len(ends), MICRO_BATCHES), ends.argsort(), 0.0, 0
-    while taken < len(order):
-        complete = int(np.searchsorted(ends[order], now, side="right"))
-        size = schedule.wave_size(taken, complete - taken, len(order) - complete)
+    order, schedule = ends.argsort(), WaveSchedule(len(ends), MICRO_BATCHES)
+    ends, work = ends[order], work[order]
+    now, taken = 0.0, 0
+    while taken < len(ends):
+        complete = int(np.searchsorted(ends, now, side="right"))
+        size = schedule.wave_size(taken, complete - taken, len(ends) - complete)
         if size:
-            now += WAVE + float(work[order[taken : taken + size]].sum()) / devices
+            now += WAVE + float(work[taken : taken + size].sum()) / devices
             taken += size
         else:
-            now = float(ends[order[complete]])
+            now = float(ends[complete])
     return now
 
 

@@ -331,8 +331,8 @@ def test_an_adapter_on_the_hub_has_a_base(monkeypatch, files, base):
     assert (found.path, found.base, found.is_adapter) == ("org/model", base, base != "org/model")
 
 
-def test_an_engine_gets_room_for_the_longest_prompt_and_completion(tmp_path, monkeypatch, chat_model_dir):
-    """And not for the model's whole context, for which a small GPU may have no memory."""
+def test_an_engines_longest_sequence_is_the_longest_prompt_and_completion(tmp_path, monkeypatch, chat_model_dir):
+    """Not the model's full context, for which a small GPU may not have the memory."""
     built = []
     monkeypatch.setattr(evaluate_math, "use_vllm", lambda args: True)
     module = ModuleType("opo_trl.evaluation.vllm_sampling")

@@ -40,6 +40,11 @@ def with_interval(estimate):
     return f"{estimate['value']:.2f} ({estimate['low']:.2f} to {estimate['high']:.2f})"
 
 
+def check_tables(tables_of_page, text):
+    for name, table in tables_of_page.items():
+        assert table in text, name
+
+
 def at_equal_scale(policy):
     """Variance of each baseline relative to the group mean's, K = 8."""
     return {name: found["over_group_mean_at_equal_scale"] for name, found in policy["group_sizes"]["8"].items()}
@@ -315,8 +320,7 @@ def test_what_the_quickstart_logs():
 def test_the_variance():
     measured = results("gradient_variance")["policies"]
     text = page("variance")
-    for name, table in variance_tables(measured).items():
-        assert table in text, name
+    check_tables(variance_tables(measured), text)
     text = " ".join(text.split())
     sizes = measured["fresh"]["group_sizes"].values()
     ratios = [found["OPO"]["over_group_mean_at_equal_scale"]["value"] for found in sizes]
@@ -329,9 +333,8 @@ def test_the_variance():
 def test_the_pretrained_model():
     measured = results("gradient_variance-smollm2")
     text = page("real_model")
-    for name, table in (variance_tables(measured["policies"]) | length_tables(measured["policies"])).items():
-        if name not in ("norms", "weights", "variances"):
-            assert table in text, name
+    every = variance_tables(measured["policies"]) | length_tables(measured["policies"])
+    check_tables({name: every[name] for name in every.keys() - {"norms", "weights", "variances"}}, text)
     (model,), settings, words = measured["policies"].values(), measured["settings"], " ".join(text.split())
     assert (
         f"{settings['prompts']} problems with {settings['samples']} completions of each is {model['pass@1']:.2f}"
@@ -400,10 +403,7 @@ def test_the_long_chains():
     measured = results("gradient_variance-long_chains")
     text = page("long_chains")
     of_variance = variance_tables(measured["policies"])
-    for name, table in (
-        length_tables(measured["policies"]) | {k: of_variance[k] for k in ("OPO", "baselines")}
-    ).items():
-        assert table in text, name
+    check_tables(length_tables(measured["policies"]) | {k: of_variance[k] for k in ("OPO", "baselines")}, text)
     settings, policies, words = measured["settings"], measured["policies"], " ".join(text.split())
     fresh, half, trained = policies.values()
     assert f"{settings['prompts']} held-out problems with {settings['samples']} completions of each" in words
@@ -429,8 +429,7 @@ def test_the_long_chains():
 def test_the_stability_map():
     measured = results("stability_map")
     text = page("stability")
-    for name, table in stability_tables(measured).items():
-        assert table in text, name
+    check_tables(stability_tables(measured), text)
     words, rows = " ".join(text.split()), measured["rows"]
     bands = {name: row["band"] for name, row in rows.items()}
     widths = [f"{bands[name]['width']:.1f}" for name in ("opo-1", *(f"grpo-{steps}" for steps in (1, 2, 4, 8)))]
@@ -461,8 +460,7 @@ def test_the_stability_map():
 def test_the_time_to_an_accuracy():
     measured = results("time_to_accuracy")
     text = page("time_to_accuracy")
-    for name, table in {"final": final_table(measured), **time_tables(measured)}.items():
-        assert table in text, name
+    check_tables({"final": final_table(measured), **time_tables(measured)}, text)
     words = " ".join(text.split())
 
     def ratio(share, variant, axis):
@@ -533,8 +531,7 @@ def test_streaming():
 def test_opo_against_grpo():
     measured = results("opo_vs_grpo")
     text = page("opo_vs_grpo")
-    for name, table in opo_tables(measured).items():
-        assert table in text, name
+    check_tables(opo_tables(measured), text)
     rates, scores = the_table(README, "variant")
     for rate, cell, found in zip(rates[1:], scores[1:], measured["variants"].values(), strict=True):
         assert float(rate) == found["learning_rate"]
@@ -549,8 +546,7 @@ def test_opo_against_grpo():
 def test_opo_against_grpo_on_long_chains():
     measured = results("opo_vs_grpo-long_chains")
     text = page("opo_vs_grpo")
-    for name, table in opo_tables(measured).items():
-        assert table in text, name
+    check_tables(opo_tables(measured), text)
     words, variants = " ".join(text.split()), measured["variants"]
     runs = sum(len(found["sweep"]) * 2 + len(measured["settings"]["seeds"]) for found in variants.values())
     assert f"{runs} runs took {measured['cpu_hours']:.1f} hours of CPU time" in words

@@ -9,7 +9,7 @@ from transformers.training_args import OptimizerNames
 from trl import GRPOConfig
 
 from .on_policy.engine_dtype import check_vllm_dtype
-from .on_policy.sampling_settings import NEUTRAL_VALUES, distribution_changes
+from .on_policy.sampling_settings import NEUTRAL_UNLESS_NONE, NEUTRAL_VALUES, distribution_changes
 from .on_policy.self_test import check_tolerance
 from .runs.renamed_names import use_new_names
 
@@ -503,7 +503,7 @@ class OPOConfig(GRPOConfig):
 
     def _check_generation_kwargs(self) -> None:
         settings = self.generation_kwargs or {}
-        for name in ("top_p", "top_k", "repetition_penalty") if self.use_vllm else ():
+        for name in NEUTRAL_UNLESS_NONE if self.use_vllm else ():
             if getattr(self, name) is None:  # a server may take it from the model's generation config
                 raise ValueError(
                     f"OPO {_OWN_SAMPLER}: with `use_vllm=True`, `{name}` must be {NEUTRAL_VALUES[name][1]!r}, got "

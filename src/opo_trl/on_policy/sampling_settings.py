@@ -93,7 +93,7 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "speculation_type": (None,),
 }
 
-_OF_CONFIG = ("top_k", "top_p", "repetition_penalty")  # fields of OPOConfig that are neutral unless they are None
+NEUTRAL_UNLESS_NONE = ("top_p", "top_k", "repetition_penalty")  # fields of OPOConfig, as its contract has them
 
 
 def distribution_changes(settings: Mapping[str, Any]) -> list[str]:
@@ -132,7 +132,7 @@ def check_sampling_settings(settings: Mapping[str, Any], temperature: float) -> 
             "TRL leaves such settings to the model's generation_config.json: clear them there, or on the loaded model "
             f"with `model.generation_config.{changed[0]} = None`."
         )
-        if changed[0] in _OF_CONFIG:  # the model cannot clear it: transformers has a default of its own
+        if changed[0] in NEUTRAL_UNLESS_NONE:  # the model cannot clear it: transformers has a default of its own
             fix = (
                 f"`{changed[0]}` is None in OPOConfig, so that the model's generation config or transformers' default "
                 f"applies. Leave `{changed[0]}` out."

@@ -172,8 +172,7 @@ class ReliableRuns(GRPOTrainer):
         prepare_anew(self)
         self._drop_unfinished_step()
         self._finite_steps.take()
-        if self.use_vllm:
-            self._last_loaded_step = -1  # an earlier run may have left the number of the step that this one starts at
+        self._send_weights_again()  # an earlier run may have left the number of the step that this one starts at
         checkpoint = self._find_checkpoint(resume_from_checkpoint)
         if self._wandb is not None and checkpoint is not None:
             self._wandb.resume_from(Path(checkpoint))
@@ -295,13 +294,17 @@ class ReliableRuns(GRPOTrainer):
         """Evaluate as the next class does; a vLLM engine is synchronized again after averaged weights are evaluated."""
         output = super().evaluation_loop(*args, **kwargs)
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # in accelerate's wrapper
-        if self.use_vllm and hasattr(optimizer, "eval"):  # a schedule-free one: it evaluates averaged weights
-            self._last_loaded_step = -1  # the engine has them under the number of this step
+        if hasattr(optimizer, "eval"):  # a schedule-free one: the engine has averaged weights, under the same number
+            self._send_weights_again()
         return output
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        if self.use_vllm:  # whose engine has the weights of the last step, under the same number
+        self._send_weights_again()  # the engine has those of the last step, under the same number
+
+    def _send_weights_again(self) -> None:
+        """Have TRL send the weights to vLLM before the next generation, although the number of the step is the same."""
+        if self.use_vllm:
             self._last_loaded_step = -1
 
     def end(self) -> None:

@@ -151,7 +151,7 @@ class Policy:
     """
     A checkpoint with its tokenizer; weights and engines are loaded when they are first needed.
 
-    `tasks` are those that it samples, whose longest prompt decides what an engine needs room for.
+    `tasks` are those that it samples; their longest prompt determines the longest sequence of a vLLM engine.
     """
 
     def __init__(
@@ -203,7 +203,7 @@ class Policy:
         return self._sampler
 
     def _longest_sequence(self) -> int:
-        """Tokens of the longest prompt and completion: vLLM would reserve memory for the model's whole context."""
+        """Tokens of the longest prompt and completion: vLLM would otherwise reserve memory for the full context."""
         longest = max(_longest_prompt(self, task) for task in self.tasks) + cast(int, self.args.max_new_tokens)
         return longest if self.context is None else min(longest, self.context)
 
